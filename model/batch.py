@@ -1,0 +1,65 @@
+"""The one batch layout that every connector and every stage reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a position that carries no loss (the convention of torch's cross-entropy and of transformers)."""
+
+
+@dataclass
+class Batch:
+    """Text rows, the images they talk about, and which belongs to which.
+
+    A *sample* is one set of images and owns one set of perceptual weights. It may have several text *rows*
+    (independent dialogues about the same images); a row without an image still belongs to a sample, whose set of
+    images is empty.
+
+    Shapes: R rows, L tokens, S samples, I images, P patches, V features.
+
+    Attributes:
+        input_ids: int64 [R, L].
+        attention_mask: int64 [R, L], 1 on text and 0 on padding (padding on the right in training, on the left when
+            generating).
+        labels: int64 [R, L], the token itself where it is a target and ``IGNORE`` elsewhere; not shifted.
+        row_to_sample: int64 [R], the sample of each row.
+        images: float [I, 3, H, W] normalised pixels, or [I, P, V] cached features of the frozen encoder. Never
+            empty: a batch without images holds one dummy (ZeRO-3 needs every rank to run the same modules).
+        image_to_sample: int64 [I].
+        image_weight: float [I], 1 for an image and 0 for the dummy.
+        n_samples: S.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    row_to_sample: Tensor
+    images: Tensor
+    image_to_sample: Tensor
+    image_weight: Tensor
+    n_samples: int
+
+    @property
+    def has_image(self) -> bool:
+        """Whether any image of the batch is real."""
+        return bool(self.image_weight.any())
+
+    @property
+    def n_targets(self) -> int:
+        """Supervised tokens, counted as the loss counts them: after the shift by one."""
+        return int((self.labels[:, 1:] != IGNORE).sum())
+
+    def to(self, device: torch.device | str, image_dtype: torch.dtype | None = None) -> Batch:
+        """Copy to ``device``; images also to ``image_dtype``."""
+        moved = {
+            f.name: value.to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        if image_dtype is not None:
+            moved["images"] = moved["images"].to(image_dtype)
+        return replace(self, **moved)
