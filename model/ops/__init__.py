@@ -1,0 +1,24 @@
+"""The low-rank ops: ``y = x Wᵀ + s · (x A_b) B`` with one A per sample, and merging them into the weights."""
+
+from model.ops.backend import BACKENDS, set_backend
+from model.ops.lowrank import lowrank_delta, lowrank_linear, lowrank_linear_group
+from model.ops.merge import MERGEABLE, Merged, Placed, merge_, merge_shard, restore_
+from model.ops.perceptual import split_perceptual
+from model.ops.rows import NO_SAMPLE, Rows
+
+__all__ = [
+    "BACKENDS",
+    "MERGEABLE",
+    "NO_SAMPLE",
+    "Merged",
+    "Placed",
+    "Rows",
+    "lowrank_delta",
+    "lowrank_linear",
+    "lowrank_linear_group",
+    "merge_",
+    "merge_shard",
+    "restore_",
+    "set_backend",
+    "split_perceptual",
+]

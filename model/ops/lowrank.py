@@ -1,0 +1,296 @@
+"""The op this project is about: ``y = x Wᵀ + bias + s · (x A_b) B``, with an A for every sample of the batch.
+
+T tokens, S samples, G projections that share x. Formulas, with ``z = s x A_b`` ([T, r], s applied in the accumulator
+before rounding):
+
+    y  = x Wᵀ + bias + z B                     dz = s dy Bᵀ
+    dx = Σ_g dy_g W_g + dz_g A_gᵀ (one write)  dA_b = x_bᵀ dz_b      dB = zᵀ dy (one GEMM over all tokens)
+    dW = dyᵀ x, dbias = Σ_t dy                 only for parameters that require them
+
+Saved for backward, per token: x (d_in elements, which the plain linear with a trained weight saves too) and z (G · r
+elements). Parameters and factors are saved as they are, not copied; nothing of size d_out is saved.
+
+The public functions are ``lowrank_linear``, ``lowrank_linear_group`` and ``lowrank_delta``; they call the custom op
+``vlora::lowrank_linear`` (fake, autograd, autocast and FLOP-formula registered), except for the ``reference`` backend,
+which is plain differentiable torch.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from model.ops import cpu, reference
+from model.ops.backend import backend_for
+from model.ops.partitioned import gathered
+from model.ops.rows import Rows, as_rows
+
+
+def lowrank_linear(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    *,
+    bias: Tensor | None = None,
+    rows: Rows | Tensor | None = None,
+) -> Tensor:
+    """A linear layer plus the low-rank update of each token's sample: ``x Wᵀ + bias + scale * (x A_s) B``.
+
+    Args:
+        x: [R, L, d_in] padded rows, or [T, d_in] packed tokens.
+        weight: [d_out, d_in]. Pass the Parameter itself: it is what is saved for backward (ZeRO-3 needs that).
+        a: [S, d_in, r], one factor per sample.
+        b: [r, d_out], shared by all samples.
+        scale: alpha / r.
+        bias: [d_out] or None.
+        rows: the sample of each row (``Rows.padded`` or an int [R] tensor) or of each segment (``Rows.packed``); -1 for
+            a row without an image, which gets the plain linear layer exactly. None: row i is sample i. Build ``Rows``
+            once per batch: a tensor is read on the host at every call.
+
+    Returns:
+        [..., d_out] in the dtype of ``x`` (of autocast, where that is on).
+
+    Raises:
+        ValueError: shapes, dtypes or rows do not fit together.
+    """
+    biases = () if bias is None else (bias,)
+    return lowrank_linear_group(x, (weight,), (a,), (b,), scale, biases=biases, rows=rows)[0]
+
+
+def lowrank_linear_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scale: float,
+    *,
+    biases: Sequence[Tensor] = (),
+    rows: Rows | Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """``lowrank_linear`` for G projections that share x (q, k, v; gate, up): one shrink, one dx.
+
+    The projections may differ in d_out (grouped-query attention) but not in d_in or r.
+
+    Args:
+        x: [R, L, d_in] or [T, d_in].
+        weights: G of [d_out_g, d_in].
+        a: G of [S, d_in, r].
+        b: G of [r, d_out_g].
+        scale: alpha / r.
+        biases: G of [d_out_g], or empty.
+        rows: as for ``lowrank_linear``.
+
+    Returns:
+        G outputs [..., d_out_g].
+
+    Raises:
+        ValueError: shapes, dtypes or rows do not fit together.
+    """
+    return _apply(x, list(weights), list(biases), list(a), list(b), scale, rows)
+
+
+def lowrank_delta(x: Tensor, a: Tensor, b: Tensor, scale: float, *, rows: Rows | Tensor | None = None) -> Tensor:
+    """Only the low-rank term, ``scale * (x A_s) B``: for the ``m`` type, parallel to the whole MLP.
+
+    Arguments, result and errors as for ``lowrank_linear``; rows without an image are zero.
+    """
+    return _apply(x, [], [], [a], [b], scale, rows)[0]
+
+
+def _apply(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
+    scale: float,
+    rows: Rows | Tensor | None,
+) -> tuple[Tensor, ...]:
+    _check(x, weights, biases, a, b)
+    lead, length = x.shape[:-1], x.shape[1] if x.dim() == 3 else 1
+    rows = as_rows(rows, a[0].shape[0])
+    tokens = x.reshape(-1, x.shape[-1])
+    if rows.tokens(length) != tokens.shape[0]:
+        raise ValueError(f"rows describe {rows.tokens(length)} tokens, but x is {tuple(x.shape)}")
+    segments = rows.segments(length, x.device)
+    if backend_for(x.device) == "reference":
+        outputs = reference.lowrank_linear_group(tokens, weights, biases, a, b, scale, segments)
+    else:
+        *outputs, _ = lowrank_linear_op(
+            tokens, weights, biases, a, b, segments.tensors(), segments.per_sample, segments.max_len, float(scale)
+        )
+    return tuple(y.view(*lead, y.shape[-1]) for y in outputs)
+
+
+def _check(x: Tensor, weights: list[Tensor], biases: list[Tensor], a: list[Tensor], b: list[Tensor]) -> None:
+    if x.dim() not in (2, 3):
+        raise ValueError(f"x must be [R, L, d_in] or [T, d_in], got {tuple(x.shape)}")
+    if not a or len(a) != len(b) or len(weights) not in (0, len(a)) or len(biases) not in (0, len(weights)):
+        raise ValueError(
+            f"a group needs as many a as b, weights and biases; "
+            f"got {len(a)} a, {len(b)} b, {len(weights)} weights, {len(biases)} biases"
+        )
+    d_in = x.shape[-1]
+    for g, (a_g, b_g) in enumerate(zip(a, b, strict=True)):
+        if a_g.dim() != 3 or a_g.shape != (a[0].shape[0], d_in, a[0].shape[2]):
+            raise ValueError(f"a must be [S, {d_in}, r] with one S and r for the group, got {tuple(a_g.shape)}")
+        if b_g.dim() != 2 or b_g.shape[0] != a_g.shape[2]:
+            raise ValueError(f"b must be [{a_g.shape[2]}, d_out], got {tuple(b_g.shape)}")
+        if weights and weights[g].shape != (b_g.shape[1], d_in):
+            raise ValueError(f"weight must be {(b_g.shape[1], d_in)} to fit b and x, got {tuple(weights[g].shape)}")
+        if biases and biases[g].shape != (b_g.shape[1],):
+            raise ValueError(f"bias must be {(b_g.shape[1],)}, got {tuple(biases[g].shape)}")
+    if not torch.is_autocast_enabled(x.device.type):
+        dtypes = {t.dtype for t in (x, *weights, *biases, *a, *b)}
+        if len(dtypes) != 1:
+            raise ValueError(
+                f"x, weights, a and b must have one dtype outside autocast, got {sorted(map(str, dtypes))}"
+            )
+
+
+@torch.library.custom_op("vlora::lowrank_linear", mutates_args=())
+def lowrank_linear_op(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    segments: Sequence[Tensor],
+    per_sample: int,
+    max_len: int,
+    scale: float,
+) -> list[Tensor]:
+    """G outputs [T, d_out_g] and z [G, T, r]. ``x`` [T, d_in]; ``segments`` as ``Segments.tensors()``."""
+    return cpu.forward(x, weights, biases, a, b, segments, per_sample, scale)
+
+
+@lowrank_linear_op.register_fake
+def _(x, weights, biases, a, b, segments, per_sample, max_len, scale):
+    return [x.new_empty(x.shape[0], b_g.shape[1]) for b_g in b] + [x.new_empty(len(a), x.shape[0], a[0].shape[2])]
+
+
+@torch.library.custom_op("vlora::lowrank_linear_backward", mutates_args=())
+def lowrank_linear_backward_op(
+    dy: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    z: Tensor,
+    segments: Sequence[Tensor],
+    per_sample: int,
+    max_len: int,
+    scale: float,
+    need_dx: bool,
+    need_da: bool,
+    need_db: bool,
+    need_dw: bool,
+    need_dbias: bool,
+) -> list[Tensor]:
+    """The gradients asked for, and only those: dx, da [G, S, d_in, r], db per g, dW per g, dbias per g."""
+    dx, da, db = cpu.backward(dy, x, weights, a, b, z, segments, per_sample, scale, need_dx, need_da, need_db)
+    dw = [torch.mm(dy_g.t(), x) for dy_g in dy] if need_dw else []
+    dbias = [dy_g.sum(0) for dy_g in dy] if need_dbias else []
+    return [t for t in (dx, da) if t is not None] + db + dw + dbias
+
+
+@lowrank_linear_backward_op.register_fake
+def _(dy, x, weights, a, b, z, segments, per_sample, max_len, scale, need_dx, need_da, need_db, need_dw, need_dbias):
+    out = [x.new_empty(x.shape)] if need_dx else []
+    out += [x.new_empty(len(a), *a[0].shape)] if need_da else []
+    out += [x.new_empty(b_g.shape) for b_g in b] if need_db else []
+    out += [x.new_empty(w.shape) for w in weights] if need_dw else []
+    out += [x.new_empty(b_g.shape[1]) for b_g in b] if need_dbias else []
+    return out
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weights, biases, a, b, segments, per_sample, max_len, scale = inputs
+    ctx.set_materialize_grads(False)
+    ctx.counts = [1, len(weights), len(a), len(b), 1, len(segments)]
+    ctx.n_biases = len(biases)
+    ctx.layout = (per_sample, max_len, scale)
+    ctx.save_for_backward(x, *weights, *a, *b, output[-1], *segments)
+
+
+def _backward(ctx, grads):
+    (x,), weights, a, b, (z,), segments = _split(ctx.saved_tensors, ctx.counts)
+    need_dx, need_dw, need_dbias, need_da, need_db = (
+        any(need) if isinstance(need, list) else need for need in ctx.needs_input_grad[:5]
+    )
+    dy = [x.new_zeros(x.shape[0], b_g.shape[1]) if d is None else d for d, b_g in zip(grads[:-1], b, strict=True)]
+    with gathered(weights):
+        out = lowrank_linear_backward_op(
+            dy, x, weights, a, b, z, segments, *ctx.layout, need_dx, need_da, need_db, need_dw, need_dbias
+        )
+    groups = len(a)
+    dx = out.pop(0) if need_dx else None
+    da = list(out.pop(0).unbind(0)) if need_da else [None] * groups
+    counts = [groups * need_db, len(weights) * need_dw, ctx.n_biases * need_dbias]
+    db, dw, dbias = _split(out, counts)
+    return (
+        dx,
+        dw or [None] * len(weights),
+        dbias or [None] * ctx.n_biases,
+        da,
+        db or [None] * groups,
+        [None] * len(segments),
+        None,
+        None,
+        None,
+    )
+
+
+def _split(items: Sequence, counts: Sequence[int]) -> list[list]:
+    parts, start = [], 0
+    for count in counts:
+        parts.append(list(items[start : start + count]))
+        start += count
+    return parts
+
+
+lowrank_linear_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _register_autocast(device_type: str) -> torch.library.Library:
+    """Run the op in autocast's dtype, whichever it is (``custom_op.register_autocast`` would fix one)."""
+
+    def in_autocast_dtype(x, weights, biases, a, b, *layout):
+        dtype = torch.get_autocast_dtype(device_type)
+
+        def cast(t: Tensor) -> Tensor:
+            return t if t.dtype == torch.float64 else t.to(dtype)
+
+        lists = ([cast(t) for t in part] for part in (weights, biases, a, b))
+        with torch.autocast(device_type, enabled=False):
+            return lowrank_linear_op(cast(x), *lists, *layout)
+
+    library = torch.library.Library("vlora", "FRAGMENT")
+    library.impl("lowrank_linear", in_autocast_dtype, "Autocast" + device_type.upper())
+    return library
+
+
+_AUTOCAST = [_register_autocast(device_type) for device_type in ("cpu", "cuda")]
+"""Registrations live as long as these objects."""
+
+
+@register_flop_formula(torch.ops.vlora.lowrank_linear)
+def _flops(x, weights, biases, a, b, *args, out_shape=None, **kwargs) -> int:
+    tokens, d_in = x
+    flops = sum(2 * tokens * a_g[2] * (d_in + b_g[1]) for a_g, b_g in zip(a, b, strict=True))
+    return flops + sum(2 * tokens * d_in * w[0] for w in weights)
+
+
+@register_flop_formula(torch.ops.vlora.lowrank_linear_backward)
+def _flops_backward(
+    dy, x, weights, a, b, z, segments, per_sample, max_len, scale, need_dx, need_da, need_db, need_dw, *args, **kwargs
+) -> int:
+    tokens, d_in = x
+    flops = 0
+    for a_g, b_g in zip(a, b, strict=True):
+        thin, wide = 2 * tokens * a_g[2] * d_in, 2 * tokens * a_g[2] * b_g[1]
+        flops += wide * (need_dx or need_da) + wide * need_db + thin * need_dx + thin * need_da
+    return flops + sum(2 * tokens * d_in * w[0] for w in weights) * (need_dx + need_dw)

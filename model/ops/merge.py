@@ -1,0 +1,132 @@
+"""Folding one sample's perceptual weights into the model's own weights, and taking them out again exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MERGEABLE = ("q", "k", "v", "o", "gate", "up", "down")
+"""Types whose update is a change of one weight matrix."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One projection and its low-rank factors for one sample.
+
+    Attributes:
+        kind: its type, one of ``MERGEABLE``.
+        weight: [d_out, d_in], the projection's own weight (the Parameter).
+        a: [d_in, r].
+        b: [r, d_out].
+    """
+
+    kind: str
+    weight: Tensor
+    a: Tensor
+    b: Tensor
+
+
+@dataclass
+class Merged:
+    """Weights that currently hold a sample's update, with the pristine ones kept beside them.
+
+    Attributes:
+        weights: the merged parameters.
+        pristine: their storage from before the merge, in the same order; never written.
+    """
+
+    weights: list[Tensor]
+    pristine: list[Tensor]
+
+
+def merge_(placed: Iterable[Placed], scale: float) -> Merged:
+    """Point every weight at ``W + scale * (A B)ᵀ``; the pristine values stay in memory untouched.
+
+    Accumulated in fp32 (fp64 for fp64 weights) and rounded once. Costs one extra copy of the merged matrices. The
+    factors do not become part of a graph. Under ZeRO-3 use ``merge_shard`` on each rank's flat partition instead.
+
+    Args:
+        placed: the projections; a weight may appear once.
+        scale: alpha / r.
+
+    Returns:
+        What ``restore_`` needs.
+
+    Raises:
+        ValueError: a type that is no weight update (``m``), a weight named twice, or shapes that do not fit.
+    """
+    placed = list(placed)
+    _check(placed)
+    merged = Merged([p.weight for p in placed], [p.weight.data for p in placed])
+    for p in placed:
+        p.weight.data = merged_weight(p.weight.data, p.a, p.b, scale)
+    return merged
+
+
+def restore_(merged: Merged) -> None:
+    """Point the weights back at their pristine storage: bit-identical, whatever was merged in between."""
+    for weight, pristine in zip(merged.weights, merged.pristine, strict=True):
+        weight.data = pristine
+
+
+@torch.no_grad()
+def merged_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``W + scale * (A B)ᵀ`` as a new tensor [d_out, d_in] in the dtype of ``weight``; one rounding."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    total = torch.addmm(weight.to(wide), b.t().to(wide), a.t().to(wide), alpha=scale)
+    return total.to(weight.dtype)
+
+
+def merge_shard(shard: Tensor, start: int, shape: Sequence[int], a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """The same merge on a piece of a weight: elements ``[start, start + len(shard))`` of ``weight.view(-1)``.
+
+    Equal to the piece of the merged whole, so ZeRO-3 partitions merge in place of a gather.
+
+    Args:
+        shard: [n], any cut, also inside a row.
+        start: flat index of its first element.
+        shape: (d_out, d_in) of the whole weight.
+        a: [d_in, r].
+        b: [r, d_out].
+        scale: alpha / r.
+
+    Returns:
+        [n] in the dtype of ``shard``.
+
+    Raises:
+        ValueError: the piece does not lie inside the weight.
+    """
+    d_out, d_in = shape
+    end = start + shard.numel()
+    if shard.dim() != 1 or start < 0 or end > d_out * d_in:
+        raise ValueError(f"shard {tuple(shard.shape)} at {start} does not lie inside a weight of shape {tuple(shape)}")
+    if start == end:
+        return shard.clone()
+    first, last = start // d_in, -(-end // d_in)
+    rows = shard.new_zeros((last - first) * d_in)
+    rows[start - first * d_in : end - first * d_in] = shard
+    whole = merged_weight(rows.view(-1, d_in), a, b[:, first:last], scale)
+    return whole.view(-1)[start - first * d_in : end - first * d_in].clone()
+
+
+def _check(placed: list[Placed]) -> None:
+    seen: set[int] = set()
+    for p in placed:
+        if p.kind == "m":
+            raise ValueError(
+                "type 'm' cannot be merged: it runs beside the whole MLP, around its nonlinearity, "
+                "so no change of gate, up or down equals it; run it as a branch (lowrank_delta)"
+            )
+        if p.kind not in MERGEABLE:
+            raise ValueError(f"unknown type {p.kind!r}; mergeable are {', '.join(MERGEABLE)}")
+        if p.a.dim() != 2 or p.b.dim() != 2 or p.weight.shape != (p.b.shape[1], p.a.shape[0]):
+            raise ValueError(
+                f"{p.kind}: weight {tuple(p.weight.shape)} does not fit a {tuple(p.a.shape)} and b {tuple(p.b.shape)} "
+                f"(one sample's a is [d_in, r])"
+            )
+        if id(p.weight) in seen:
+            raise ValueError(f"{p.kind}: a weight was named twice in one merge")
+        seen.add(id(p.weight))
