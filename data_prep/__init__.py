@@ -1,0 +1,1 @@
+"""Data preparation: sources to verified shards of one sample schema, and the third-party parts they need."""
