@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from model.ops import NO_SAMPLE, Rows
+
 IGNORE = -100
 """Label of a position that carries no loss (the convention of torch's cross-entropy and of transformers)."""
 
@@ -32,6 +34,8 @@ class Batch:
         image_to_sample: int64 [I].
         image_weight: float [I], 1 for an image and 0 for the dummy.
         n_samples: S.
+        rows: Which sample's weights each row uses, `NO_SAMPLE` where the sample has no image: worked out here, on the
+            host, once per batch.
     """
 
     input_ids: Tensor
@@ -42,6 +46,15 @@ class Batch:
     image_to_sample: Tensor
     image_weight: Tensor
     n_samples: int
+    rows: Rows | None = None
+
+    def __post_init__(self) -> None:
+        if self.rows is None:
+            seen = torch.zeros(self.n_samples).index_add(0, self.image_to_sample, self.image_weight.float())[
+                self.row_to_sample
+            ]
+            sample = self.row_to_sample.masked_fill(seen == 0, NO_SAMPLE)
+            self.rows = Rows.padded(sample, self.n_samples)
 
     @property
     def has_image(self) -> bool:

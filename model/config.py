@@ -1,0 +1,134 @@
+"""What can be chosen about the model. Plain dataclasses: `train.config` composes them, `model` reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+WEIGHT_TYPES = ("q", "k", "v", "o", "gate", "up", "down", "m")
+"""Projections a delta can be added to; `m` is the released code's path parallel to the whole MLP."""
+
+
+@dataclass
+class LLMConfig:
+    """The language model.
+
+    Attributes:
+        path: Hugging Face name or local folder.
+        attn_implementation: `eager`, `sdpa` or `flash_attention_2`, as transformers names them.
+        architecture: The Hugging Face config of the expected model, as a dictionary with `model_type`. Lets the model
+            be built on the meta device without its weights; weights of another shape are refused.
+    """
+
+    path: str = "???"
+    attn_implementation: str = "sdpa"
+    architecture: dict[str, Any] | None = None
+
+
+@dataclass
+class VisionConfig:
+    """The vision encoder (any CLIP, SigLIP or DINOv2 of Hugging Face).
+
+    Attributes:
+        path: Hugging Face name or local folder.
+        layer: Which of `hidden_states` is read: -1 is the last block's output before the final norm, -2 (LLaVA,
+            VLoRA) the one before it.
+        final_norm: Read `last_hidden_state` instead, with the final norm where the encoder applies one (`layer: -1`).
+        keep_cls: Keep the class token (and DINOv2's registers) in front of the patches.
+        image_size: Side of the square input, pixels; null: what the encoder was trained with.
+        image_mode: `resize` (distort to the square), `crop` (shortest edge, centre crop) or `pad` (pad to a square
+            with the encoder's mean colour, then resize).
+        cache: Compute the frozen encoder's features once per image and read them from disk.
+        architecture: As in `LLMConfig`.
+    """
+
+    path: str = "???"
+    layer: int = -2
+    final_norm: bool = False
+    keep_cls: bool = False
+    image_size: int | None = None
+    image_mode: str = "crop"
+    cache: bool = False
+    architecture: dict[str, Any] | None = None
+
+
+@dataclass
+class GeneratorConfig:
+    """The perceptual weights generator (paper, Figure 3; sizes of the released code).
+
+    Attributes:
+        num_blocks: Decoder blocks N (paper Table 5).
+        width: Width g of the queries.
+        num_heads: Attention heads.
+        ffn_ratio: Width of the feed-forward over `width`.
+        rank: Rank r of every delta (paper Table 4).
+        alpha: Deltas are scaled by alpha / rank; null: alpha = rank.
+        types: Which projections get a delta (paper Table 3); a string of one-letter types or a list.
+        every: Place deltas in every n-th layer, never the first: layers n-1, 2n-1, ...
+        layers: The placed layers by 0-based index, in place of `every`.
+        shared: One stack of blocks for all types in place of one per type.
+        init: `paper` (exactly as released) or `stable` (small queries, normalised keys, head scaled to its input).
+    """
+
+    num_blocks: int = 8
+    width: int = 512
+    num_heads: int = 16
+    ffn_ratio: float = 4.0
+    rank: int = 64
+    alpha: float | None = None
+    types: Any = "qkvom"
+    every: int | None = 4
+    layers: list[int] | None = None
+    shared: bool = False
+    init: str = "stable"
+
+
+@dataclass
+class ConnectorConfig:
+    """How the image reaches the language model.
+
+    Attributes:
+        name: `vlora` (through its weights), `mlp` (LLaVA-v1.5: two-layer projector, visual tokens in the input) or
+            `qformer` (learned queries, visual tokens in the input).
+        normalize_features: Standardise each feature channel with the mean and deviation over the training images;
+            null: only when the generator's init is `stable`.
+        num_queries: Visual tokens of the `qformer`.
+        num_blocks: Blocks of the `qformer`.
+        num_heads: Heads of the `qformer`.
+    """
+
+    name: str = "vlora"
+    normalize_features: bool | None = None
+    num_queries: int = 32
+    num_blocks: int = 2
+    num_heads: int = 8
+
+
+@dataclass
+class ModelConfig:
+    """Everything `model.build` needs."""
+
+    llm: LLMConfig = field(default_factory=LLMConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    connector: ConnectorConfig = field(default_factory=ConnectorConfig)
+
+
+def parse_types(types: str | list[str]) -> tuple[str, ...]:
+    """`"qkvom"`, `"q,k,gate"` or a list -> a tuple of types in the order given.
+
+    Raises:
+        ValueError: an unknown or repeated type.
+    """
+    if isinstance(types, str):
+        types = types.split(",") if "," in types or types in WEIGHT_TYPES else list(types)
+    types = [t.strip() for t in types]
+    for t in types:
+        if t not in WEIGHT_TYPES:
+            raise ValueError(
+                f"generator.types: unknown type {t!r}; known: {', '.join(WEIGHT_TYPES)} "
+                "(one letter each as in 'qkvom', or separated by commas as in 'q,k,gate')"
+            )
+    if len(set(types)) != len(types) or not types:
+        raise ValueError(f"generator.types: {types} is empty or names a type twice")
+    return tuple(types)

@@ -1,0 +1,143 @@
+"""Loads the pretrained parts with errors a user can act on; builds them on the meta device without their weights."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from model.config import LLMConfig
+
+
+_SAMPLE = 64 * 1024  # bytes
+
+
+class ModelError(ValueError):
+    """A model part cannot be found, or is not the one the configuration describes."""
+
+
+def architecture_config(architecture: dict[str, Any]) -> PreTrainedConfig:
+    """The Hugging Face config of `llm.architecture` / `vision.architecture`."""
+    fields = dict(architecture)
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def pretrained_config(
+    what: str, path: str, architecture: dict[str, Any] | None, meta: bool = False
+) -> PreTrainedConfig:
+    """The config of a pretrained part; of a two-tower model (CLIP, SigLIP) its vision half when `what` is vision.
+
+    With `meta`, a given `architecture` is enough and nothing is read.
+
+    Raises:
+        ModelError: nothing at `path`, or another architecture than the one described.
+    """
+    if meta and architecture is not None:
+        return architecture_config(architecture)
+    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
+        raise ModelError(
+            f"{what}.path={path}: no such folder. For the built-in parts run `python -m data_prep.parts`; "
+            "otherwise give a Hugging Face name or the folder of a downloaded model"
+        )
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise ModelError(f"{what}.path={path}: not a local folder and not on the hub ({_first_line(error)})") from error
+    if what == "vision":
+        config = getattr(config, "vision_config", config)
+    for key, expected in (architecture or {}).items():
+        if getattr(config, key, None) != expected:
+            raise ModelError(
+                f"{what}.path={path} has {key}={getattr(config, key, None)}, but {what}.architecture expects {expected}"
+            )
+    return config
+
+
+def load_pretrained(
+    auto_class: type,
+    what: str,
+    path: str,
+    architecture: dict[str, Any] | None,
+    dtype: torch.dtype,
+    *,
+    meta: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
+    """`auto_class.from_pretrained`, or its shapes only when `meta`.
+
+    Args:
+        auto_class: A transformers Auto class.
+        what: `llm` or `vision`, for messages.
+        options: Passed on (for example `attn_implementation`).
+
+    Raises:
+        ModelError: see `pretrained_config`; also weights that leave parameters of the model unset.
+    """
+    config = pretrained_config(what, path, architecture, meta)
+    if meta:
+        with torch.device("meta"):
+            return auto_class.from_config(config, dtype=dtype, **options)
+    try:
+        model, info = auto_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True, **options)
+    except OSError as error:
+        raise ModelError(f"{what}.path={path}: weights cannot be read ({_first_line(error)})") from error
+    if missing := sorted(k for k in info["missing_keys"] if not k.endswith("mask_token")):
+        raise ModelError(f"{what}.path={path}: weights lack {len(missing)} tensors, first {missing[0]}; wrong model?")
+    return model
+
+
+def build_llm(config: LLMConfig, dtype: torch.dtype, meta: bool = False) -> PreTrainedModel:
+    """The causal language model, caching off (training) and sampling defaults removed (evaluation is greedy)."""
+    llm = load_pretrained(
+        AutoModelForCausalLM,
+        "llm",
+        config.path,
+        config.architecture,
+        dtype,
+        meta=meta,
+        attn_implementation=config.attn_implementation,
+    )
+    llm.config.use_cache = False
+    llm.generation_config.do_sample = False
+    llm.generation_config.temperature = llm.generation_config.top_p = llm.generation_config.top_k = None
+    return llm
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def fingerprint(path: str) -> str:
+    """Identity of a pretrained model: 16 hex digits over its shapes, dtypes and a sample of its weights.
+
+    Reads the safetensors headers and 64 KiB from both ends and the middle of every file, so that 13 GB take
+    milliseconds; the config's own text is left out, because tools rewrite it.
+
+    Raises:
+        ModelError: no safetensors weights at `path`.
+    """
+    files = sorted(_weights_folder(path).glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{path}: no *.safetensors weights there; convert the model with `save_pretrained` first")
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            header = int.from_bytes(stream.read(8), "little")
+            digest.update(size.to_bytes(8, "little") + stream.read(header))
+            for offset in (8 + header, size // 2, max(0, size - _SAMPLE)):
+                stream.seek(offset)
+                digest.update(stream.read(_SAMPLE))
+    return digest.hexdigest()[:16]
+
+
+def _weights_folder(path: str) -> Path:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    config = cached_file(path, "config.json", local_files_only=True)
+    return Path(config).parent

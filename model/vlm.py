@@ -1,0 +1,151 @@
+"""The vision-language model: encoder, connector and language model, whichever connector is chosen."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from model.batch import IGNORE, Batch
+from model.config import ModelConfig
+from model.connectors import Conditioning, Connector, build_connector
+from model.injection import inject, pinned
+from model.loading import build_llm
+from model.placement import Placement, place
+from model.vision import VisionEncoder, build_vision
+from model.weights import PerceptualWeights
+
+
+@dataclass
+class Output:
+    """What a training step needs.
+
+    Attributes:
+        loss_sum: Cross-entropy summed over the supervised tokens, nats, fp32 scalar.
+        n_targets: How many those were.
+        weights: The perceptual weights used (connector `vlora`), for logging.
+    """
+
+    loss_sum: Tensor
+    n_targets: int
+    weights: PerceptualWeights | None
+
+
+class VisionLanguageModel(nn.Module):
+    """Image and text in, loss or text out.
+
+    The language model's input holds the text only with the connector `vlora`; with the others the visual tokens stand
+    in front of it. Text positions count the tokens that are really there, so padding never moves them.
+    """
+
+    def __init__(
+        self, vision: VisionEncoder, connector: Connector, llm: PreTrainedModel, placement: Placement | None
+    ) -> None:
+        super().__init__()
+        self.vision, self.connector, self.llm = vision, connector, llm
+        self.placement = placement
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Pixels [I, 3, H, W] -> features [I, P, V]; cached features pass through."""
+        return self.vision(images) if images.dim() == 4 else images
+
+    def condition(self, batch: Batch) -> Conditioning:
+        """Encode the batch's images and run the connector."""
+        # The LLM's dtype is that of everything the engine trains; cached features may have another.
+        features = self.encode(batch.images).to(self.llm.dtype)
+        return self.connector(features, batch.image_to_sample, batch.image_weight, batch.n_samples)
+
+    def forward(self, batch: Batch) -> Output:
+        """Summed loss over the batch's targets.
+
+        Only supervised positions are projected to the vocabulary: captions and answers are short, the vocabulary is
+        not.
+
+        Raises:
+            ValueError: no target in the batch; averaging over none would be a NaN in every weight.
+        """
+        if batch.n_targets == 0:
+            raise ValueError("batch without a supervised token: every row's labels are masked")
+        conditioning = self.condition(batch)
+        inputs, offset = self._llm_inputs(batch, conditioning)
+        hidden = self.llm.get_decoder()(**inputs, use_cache=False).last_hidden_state[:, offset:]
+        targets = batch.labels[:, 1:]
+        supervised = targets != IGNORE
+        logits = self._logits(hidden[:, :-1][supervised])
+        loss = nn.functional.cross_entropy(logits.float(), targets[supervised], reduction="sum")
+        return Output(loss, int(supervised.sum()), conditioning.weights)
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, max_new_tokens: int, pad_token_id: int, eos_token_id: int) -> Tensor:
+        """Greedy continuation of left-padded prompts: int64 [R, <= max_new_tokens], padded after the end."""
+        conditioning = self.condition(batch) if batch.has_image else None
+        inputs, _ = self._llm_inputs(batch, conditioning)
+        weights = inputs.pop("perceptual_weights", None)
+        inputs.pop("position_ids")  # generate derives the same ones from the mask
+        pin: AbstractContextManager = pinned(self.llm, weights) if self.placement is not None else nullcontext()
+        with pin:
+            out = self.llm.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=pad_token_id,
+                eos_token_id=eos_token_id,
+            )
+        return out if "inputs_embeds" in inputs else out[:, batch.input_ids.shape[1] :]
+
+    def _llm_inputs(self, batch: Batch, conditioning: Conditioning | None) -> tuple[dict, int]:
+        """Keywords of the decoder's forward, and how many positions stand in front of the text."""
+        mask = batch.attention_mask
+        if conditioning is None or conditioning.tokens is None:
+            inputs = {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": _positions(mask)}
+            if conditioning is not None:
+                inputs["perceptual_weights"] = conditioning.weights.for_rows(batch.rows)
+            return inputs, 0
+        tokens = conditioning.tokens[batch.row_to_sample]
+        text = self.llm.get_input_embeddings()(batch.input_ids)
+        mask = torch.cat([conditioning.token_mask[batch.row_to_sample], mask], dim=1)
+        inputs = {
+            "inputs_embeds": torch.cat([tokens.to(text.dtype), text], dim=1),
+            "attention_mask": mask,
+            "position_ids": _positions(mask),
+        }
+        return inputs, tokens.shape[1]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = self.llm.get_output_embeddings()(hidden)
+        cap = getattr(self.llm.config.get_text_config(), "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _positions(mask: Tensor) -> Tensor:
+    return (mask.cumsum(1) - 1).clamp_min(0)
+
+
+def build_model(
+    config: ModelConfig, dtype: torch.dtype = torch.float32, meta: bool = False, llm: PreTrainedModel | None = None
+) -> VisionLanguageModel:
+    """Load the pretrained parts and put a fresh connector between them.
+
+    Args:
+        config: What to build.
+        dtype: Of vision encoder and LLM; the connector is made in fp32.
+        meta: Shapes only, nothing is read or allocated.
+        llm: A language model already loaded (a finetuned one), in place of `config.llm.path`.
+
+    Raises:
+        ValueError: anything in `config` that does not fit the parts (a `ModelError` where it concerns a path).
+    """
+    if llm is None:
+        llm = build_llm(config.llm, dtype, meta)
+    vision = build_vision(config.vision, dtype, meta)
+    placement = place(llm, config.generator) if config.connector.name == "vlora" else None
+    hidden_size = llm.config.get_text_config().hidden_size
+    with torch.device("meta" if meta else "cpu"):
+        connector = build_connector(config, placement, vision.num_patches, vision.feature_width, hidden_size)
+    if placement is not None:
+        inject(llm, placement)
+    return VisionLanguageModel(vision, connector, llm, placement)

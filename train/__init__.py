@@ -1,0 +1,1 @@
+"""Training: configuration, engine, loop, checkpoints, tracking, evaluation and reports."""
