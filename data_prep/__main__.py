@@ -1,0 +1,38 @@
+"""``python -m data_prep source=NAME [key=value ...]``: prepare a data set (keys: ``conf/data_prep``)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from data_prep import config
+from data_prep.prepare import prepare
+from train.errors import run_cli
+
+
+def main() -> int:
+    """Prepare what the command line names; a second run with the same inputs does nothing."""
+    settings = config.load(sys.argv[1:])
+    folder = Path(settings.root) / settings.name
+    result = prepare(
+        settings.build_source(),
+        folder,
+        settings.options,
+        settings.build_task(),
+        settings.workers,
+        progress=sys.stderr.isatty(),
+    )
+    for split, manifest in result.manifests.items():
+        state = "made" if split in result.made else "up to date"
+        dropped = f", {sum(manifest.dropped.values())} dropped" if manifest.dropped else ""
+        print(
+            f"{folder / split}: {state}: {manifest.samples} samples, {manifest.images} images "
+            f"({manifest.unique_images} different), {manifest.dialogues} dialogues{dropped}"
+        )
+    for split, missing in result.waiting.items():
+        print(f"{folder / split}: {missing} shards are left to other tasks")
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,112 @@
+"""Configuration of ``python -m data_prep``: composed by Hydra from ``conf/data_prep``, checked against dataclasses."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data_prep.easy_vqa import EasyVQA
+from data_prep.errors import DataError
+from data_prep.prepare import Options, Source, Task
+
+CONF = Path(__file__).resolve().parent.parent / "conf" / "data_prep"
+SOURCES: dict[str, type] = {"easy_vqa": EasyVQA}
+
+
+@dataclass
+class PrepareConfig:
+    """Keys of ``python -m data_prep``.
+
+    Attributes:
+        cache_dir: where parts are.
+        source: ``name`` (a key of ``SOURCES``) and the fields of that source's dataclass.
+        root: prepared data goes to ``<root>/<name>/<split>``.
+        name: name of the prepared data set; default that of the source.
+        workers: processes on this machine.
+        task: ``i/n``, the part of a job array that this process is.
+        options: checks and policy.
+    """
+
+    cache_dir: str
+    source: dict[str, Any]
+    root: str
+    name: str
+    workers: int = 1
+    task: str = "0/1"
+    options: Options = field(default_factory=Options)
+
+    def build_source(self) -> Source:
+        """The configured source.
+
+        Raises:
+            DataError: unknown source or key of it.
+        """
+        values = dict(self.source)
+        kind = SOURCES[values.pop("name")]
+        known = [f.name for f in fields(kind)]
+        for key in values:
+            if key not in known:
+                raise DataError(f"unknown configuration key source.{key}{_nearest(key, known)}")
+        return kind(**{key: Path(value) if key == "path" else value for key, value in values.items()})
+
+    def build_task(self) -> Task:
+        """The configured task."""
+        return Task.parse(self.task)
+
+
+def load(overrides: list[str]) -> PrepareConfig:
+    """Compose and check the configuration.
+
+    Args:
+        overrides: Hydra overrides, ``source=NAME`` among them.
+
+    Raises:
+        DataError: no or an unknown source, an unknown key (with the nearest one), a wrong type or a missing value.
+    """
+    names = sorted(file.stem for file in (CONF / "source").glob("*.yaml"))
+    chosen = [override.partition("=")[2] for override in overrides if override.startswith("source=")]
+    if len(chosen) != 1 or chosen[0] not in names:
+        said = f"source={chosen[0]}: no such source" if chosen else "which source? Say source=NAME"
+        raise DataError(f"{said}; there are {', '.join(names)}")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        plain = compose("config", [f"source={chosen[0]}"])
+        try:
+            composed = compose("config", overrides)
+            merged = OmegaConf.merge(OmegaConf.structured(PrepareConfig), composed)
+            OmegaConf.resolve(merged)
+            return OmegaConf.to_object(merged)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise _explain(error, _keys(OmegaConf.to_container(plain, resolve=False))) from error
+
+
+def _explain(error: Exception, known: list[str]) -> DataError:
+    text = str(error.__cause__ or error)
+    key = getattr(error, "full_key", None) or getattr(error.__cause__, "full_key", None)
+    if key is None and (match := re.search(r"[Kk]ey '([\w.]+)'", str(error))):
+        key = match[1]
+    if key and key not in known:
+        return DataError(f"unknown configuration key {key}{_nearest(key, known)}")
+    first = " ".join(text.split("\n")[0].split())
+    return DataError(f"configuration key {key}: {first}" if key else f"configuration: {first}")
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
+
+
+def _keys(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for name, value in tree.items():
+        keys.append(prefix + name)
+        if isinstance(value, dict):
+            keys += _keys(value, f"{prefix}{name}.")
+    return keys

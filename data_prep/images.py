@@ -1,0 +1,96 @@
+"""Decoding untrusted image bytes: the one place where preparation and training open an image."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MAX_PIXELS = 178_956_970
+"""Largest accepted area: a quarter of a gigapixel-sized RGB buffer, Pillow's own bomb limit at its error level."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "JPEG2000")
+"""Pillow readers that untrusted bytes may reach; others (EPS runs Ghostscript) are refused."""
+
+ORIENTATION = 0x0112
+
+
+class ImageError(ValueError):
+    """Bytes that are no sound image.
+
+    Attributes:
+        reason: short and countable.
+        detail: the decoder's own words or the offending figure.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+    def __reduce__(self):  # survives the way back from a worker process
+        return type(self), (self.reason, self.detail)
+
+
+def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode ``data`` completely, in the file's own colour mode and orientation.
+
+    Args:
+        data: an encoded image file.
+        max_pixels: larger images are refused before they are decoded.
+
+    Raises:
+        ImageError: empty, not an image, a format that is not read, truncated or corrupt, a decompression bomb, or
+            animated.
+    """
+    if not data:
+        raise ImageError("image empty")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # our own limit below decides, and odd EXIF is not an error
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except (UnidentifiedImageError, SyntaxError) as error:
+            raise ImageError("not an image", f"{len(data)} bytes starting with {data[:8]!r}") from error
+        except Image.DecompressionBombError as error:
+            raise ImageError("image bomb", str(error)) from error
+        except (OSError, ValueError, TypeError, IndexError, EOFError, struct.error, zlib.error, MemoryError) as error:
+            raise ImageError("image corrupt", str(error)) from error
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ImageError("image bomb", f"{width} x {height} pixels, at most {max_pixels} are accepted")
+        try:
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a JPEG with previews behind it
+                raise ImageError("image animated", f"{image.n_frames} frames")
+            image.load()
+        except ImageError:
+            raise
+        except Image.DecompressionBombError as error:
+            raise ImageError("image bomb", str(error)) from error
+        except Exception as error:  # Pillow's plugins raise nearly anything on broken data
+            truncated = "truncated" in str(error).lower() or isinstance(error, EOFError)
+            raise ImageError("image truncated" if truncated else "image corrupt", str(error)) from error
+    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """``image`` upright (EXIF orientation applied) and in RGB, which drops an alpha channel.
+
+    The conversion is Pillow's, as in the Hugging Face image processors.
+    """
+    if image.getexif().get(ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def describe(image: Image.Image) -> dict[str, str]:
+    """What a report counts about a sound image: format, mode and peculiarities."""
+    upright = image.getexif().get(ORIENTATION, 1) == 1
+    alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    return {
+        "format": image.format or "unknown",
+        "mode": image.mode,
+        "orientation": "upright" if upright else "turned by EXIF",
+        "alpha": "yes" if alpha else "no",
+    }

@@ -1,0 +1,224 @@
+"""From a source to prepared splits: shards written by any number of processes and tasks, merged into manifests.
+
+Every shard ("unit") is read, checked and written alone, and is finished when its receipt is there. A task that was
+killed therefore redoes only its own unfinished shard, and a second run over finished data does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from data_prep import schema
+from data_prep.errors import DataError
+from data_prep.images import MAX_PIXELS
+from data_prep.schema import Dropped, Sample, Shard
+from data_prep.verify import Verifier
+
+
+class Source(Protocol):
+    """A data set that can be read in independent units."""
+
+    def made_from(self) -> dict[str, Any]:
+        """Everything the samples depend on, as JSON; a change makes the data anew."""
+
+    def units(self) -> dict[str, int]:
+        """Number of units (shards) of each split."""
+
+    def read(self, split: str, unit: int) -> Iterator[Sample | Dropped]:
+        """Samples of one unit, always the same and in the same order, and the records that could not be read."""
+
+
+@dataclass
+class Options:
+    """How samples are checked and what happens to bad ones.
+
+    Attributes:
+        on_error: ``fail`` stops at the first bad record; ``drop`` leaves it out, counted and named in the manifest.
+        max_drop_fraction: of a split's records; more, and there is no manifest and the run fails.
+        max_pixels, min_side: limits of an image.
+        tokenizer: folder or name of a tokenizer; with it, token lengths go into the manifest.
+        template: text template of the token lengths.
+        max_length: longest accepted dialogue in tokens; needs ``tokenizer``.
+    """
+
+    on_error: str = "fail"
+    max_drop_fraction: float = 0.01
+    max_pixels: int = MAX_PIXELS
+    min_side: int = 2
+    tokenizer: str | None = None
+    template: str = "chat"
+    max_length: int | None = None
+
+
+@dataclass
+class Task:
+    """The part of the work that is this process's: task ``index`` of ``count`` takes every ``count``-th unit."""
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Task:
+        """From ``i/n``, 0-based, as in ``$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT``.
+
+        Raises:
+            DataError: another form, or i not below n.
+        """
+        index, slash, count = text.partition("/")
+        if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
+            raise DataError(f"task={text}: write i/n with 0 <= i < n, such as 0/16")
+        return cls(int(index), int(count))
+
+
+@dataclass
+class Result:
+    """What ``prepare`` did: manifests of complete splits, and splits that wait for other tasks."""
+
+    manifests: dict[str, schema.Manifest] = field(default_factory=dict)
+    made: list[str] = field(default_factory=list)
+    waiting: dict[str, int] = field(default_factory=dict)
+
+
+def prepare(
+    source: Source,
+    folder: Path,
+    options: Options | None = None,
+    task: Task | None = None,
+    workers: int = 1,
+    progress: bool = False,
+) -> Result:
+    """Prepare all splits of ``source`` under ``folder`` (``<root>/<dataset>``).
+
+    Args:
+        source: what to read.
+        folder: where ``<split>/`` folders go.
+        options: checks and policy.
+        task: the units to work on; default all.
+        workers: processes.
+        progress: whether to show a bar.
+
+    Raises:
+        DataError: a bad record under ``on_error=fail``, or more than ``max_drop_fraction`` of a split dropped.
+    """
+    options, task = options or Options(), task or Task()
+    if options.on_error not in ("fail", "drop"):
+        raise DataError(f"on_error={options.on_error}: choose fail or drop")
+    if options.max_length is not None and options.tokenizer is None:
+        raise DataError("max_length is in tokens and needs tokenizer=...")
+    made_from = {**source.made_from(), "options": asdict(options), "schema_version": schema.SCHEMA_VERSION}
+    key = schema.digest(made_from)
+    units = source.units()
+    result = Result()
+    stale = {split: n for split, n in units.items() if not _is_complete(folder / split, key)}
+    todo = [
+        (split, unit)
+        for number, (split, unit) in enumerate((split, unit) for split, n in stale.items() for unit in range(n))
+        if number % task.count == task.index and not _is_finished(folder / split, unit, key)
+    ]
+    work = partial(make_shard, source, folder, options, key)
+    with tqdm(total=len(todo), unit="shard", disable=not progress, desc="prepare") as bar:
+        samples = 0
+        for shard in _run(work, todo, workers):
+            samples += shard.samples
+            bar.update()
+            bar.set_postfix(samples=samples, samples_s=f"{samples / max(bar.format_dict['elapsed'], 1e-9):.0f}")
+    for split, n in units.items():
+        if split not in stale:
+            result.manifests[split] = schema.read_manifest(folder / split)
+            continue
+        shards = [schema.read_receipt(folder / split, unit) for unit in range(n)]
+        missing = sum(shard is None or shard.made_from != key for shard in shards)
+        if missing:
+            result.waiting[split] = missing
+            continue
+        manifest = schema.merge(folder / split, shards, folder.name, split, made_from)
+        _check_drops(manifest, options)
+        schema.write_manifest(folder / split, manifest)
+        result.manifests[split] = manifest
+        result.made.append(split)
+    return result
+
+
+def make_shard(source: Source, folder: Path, options: Options, key: str, job: tuple[str, int]) -> Shard:
+    """Read, check and write one unit.
+
+    Raises:
+        DataError: its first bad record under ``on_error=fail``.
+    """
+    split, unit = job
+    verifier = Verifier(options.max_pixels, options.min_side, _token_length(options), options.max_length)
+    with schema.ShardWriter(folder / split, unit, key) as writer:
+        for item in source.read(split, unit):
+            dropped = item if isinstance(item, Dropped) else verifier.check(item)
+            if dropped is None:
+                writer.add(item)
+            elif options.on_error == "drop":
+                writer.drop(dropped)
+            else:
+                detail = f" ({dropped.detail})" if dropped.detail else ""
+                raise DataError(
+                    f"{folder.name}/{split}: sample {dropped.id}: {dropped.reason}{detail}; "
+                    "correct the source, or leave such samples out with on_error=drop"
+                )
+        writer.receipt.statistics = {
+            name: dict(sorted(counts.items())) for name, counts in sorted(verifier.statistics.items())
+        }
+    return writer.receipt
+
+
+def _run(work: Any, todo: list[tuple[str, int]], workers: int) -> Iterator[Shard]:
+    if workers <= 1 or len(todo) <= 1:
+        yield from map(work, todo)
+        return
+    # Spawned, not forked: Arrow and tokenizers run threads of their own.
+    with ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(work, job) for job in todo]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _is_complete(folder: Path, key: str) -> bool:
+    if not (folder / schema.MANIFEST).is_file():
+        return False
+    return schema.digest(schema.read_manifest(folder).made_from) == key
+
+
+def _is_finished(folder: Path, unit: int, key: str) -> bool:
+    receipt = schema.read_receipt(folder, unit)
+    return receipt is not None and receipt.made_from == key
+
+
+def _check_drops(manifest: schema.Manifest, options: Options) -> None:
+    dropped = sum(manifest.dropped.values())
+    fraction = dropped / max(1, dropped + manifest.samples)
+    if fraction > options.max_drop_fraction:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in manifest.dropped.items())
+        first = manifest.dropped_examples[0]
+        raise DataError(
+            f"{manifest.dataset}/{manifest.split}: {dropped} of {dropped + manifest.samples} records are bad "
+            f"({fraction:.2%}, max_drop_fraction={options.max_drop_fraction}): {reasons}; "
+            f"the first is {first['id']} ({first['reason']}: {first['detail']})"
+        )
+
+
+def _token_length(options: Options):
+    if options.tokenizer is None:
+        return None
+    from transformers import AutoTokenizer
+
+    from data_prep.templates import TextEncoder
+
+    encoder = TextEncoder(AutoTokenizer.from_pretrained(options.tokenizer), options.template)
+    return lambda dialogue: len(encoder.encode(dialogue).input_ids)

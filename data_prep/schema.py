@@ -1,0 +1,418 @@
+"""The one sample schema, its shards on disk, and the manifest that describes a prepared split.
+
+A *sample* is one set of images with one or more independent dialogues about it:
+
+    {id: str, images: [bytes], conversations: [[{role, content}, ...], ...], source: str}
+
+An image with ten questions is therefore stored, encoded and turned into weights once. A caption is a dialogue whose
+user turn is empty; a text-only sample has no images. Images are the source's own bytes, never re-encoded.
+
+A prepared split is a folder ``<root>/<dataset>/<split>`` with, per shard,
+
+    shard-00000.arrow   the samples: an Arrow IPC file, uncompressed, so that any sample is one memory-mapped look-up
+                        (``datasets.load_dataset("arrow", data_files=...)`` reads it as well)
+    shard-00000.npy     per sample: images, dialogues and characters (``INDEX``), what a sampler sorts by
+    shard-00000.hashes.npy   the first 8 bytes of every image's sha256, to count duplicates
+    shard-00000.json    receipt: counts, sha256, what was dropped; written last, so a shard with a receipt is whole
+
+and, once all shards are there, ``manifest.json``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from data_prep.errors import DataError
+
+SCHEMA_VERSION = 1
+ROLES = ("system", "user", "assistant")
+ROWS_PER_BATCH = 64
+"""Samples per Arrow record batch: position ``i`` is row ``i % 64`` of batch ``i // 64``."""
+
+_TURN = pa.struct([("role", pa.string()), ("content", pa.string())])
+ARROW = pa.schema(
+    [
+        ("id", pa.string()),
+        ("images", pa.list_(pa.binary())),
+        ("conversations", pa.list_(pa.list_(_TURN))),
+        ("source", pa.string()),
+    ]
+)
+INDEX = np.dtype([("images", "<u2"), ("dialogues", "<u2"), ("characters", "<u4")])
+MANIFEST = "manifest.json"
+MAX_EXAMPLES = 10
+
+Turn = dict[str, str]
+Dialogue = list[Turn]
+
+
+@dataclass
+class Sample:
+    """One set of images and the dialogues about it; see the module's docstring.
+
+    Attributes:
+        id: unique in its dataset.
+        images: encoded image files, possibly none.
+        conversations: dialogues, each a list of ``{"role": ..., "content": ...}``.
+        source: where it comes from, e.g. the dataset's name or a part of it.
+    """
+
+    id: str
+    images: list[bytes]
+    conversations: list[Dialogue]
+    source: str
+
+
+@dataclass
+class Dropped:
+    """A record of the source that did not become a sample.
+
+    Attributes:
+        id: of the record, as good as the source names it.
+        reason: short and countable, e.g. ``image missing``.
+        detail: what exactly, e.g. the file.
+    """
+
+    id: str
+    reason: str
+    detail: str = ""
+
+
+@dataclass
+class Shard:
+    """Receipt of one finished shard. ``sha256`` is of the Arrow file, ``content`` of the samples alone."""
+
+    file: str
+    samples: int = 0
+    images: int = 0
+    dialogues: int = 0
+    text_only: int = 0
+    sources: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    dropped_examples: list[dict[str, str]] = field(default_factory=list)
+    statistics: dict[str, Any] = field(default_factory=dict)
+    bytes: int = 0
+    sha256: str = ""
+    content: str = ""
+    made_from: str = ""
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write ``file`` so that a reader sees the old text or the new, never a part."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    with temporary.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
+class ShardWriter:
+    """Writes one shard; leaving the ``with`` block without an error makes it final, with its receipt.
+
+    Args:
+        folder: of the split.
+        number: of the shard.
+        made_from: digest of everything the shard depends on; a receipt with another digest is not trusted later.
+    """
+
+    def __init__(self, folder: Path, number: int, made_from: str) -> None:
+        self.folder = folder
+        self.stem = shard_stem(number)
+        self.receipt = Shard(file=f"{self.stem}.arrow", made_from=made_from)
+        self._rows: list[dict] = []
+        self._index: list[tuple[int, int, int]] = []
+        self._content = hashlib.sha256()
+        self._hashes: list[int] = []
+        self._sources: Counter[str] = Counter()
+        self._dropped: Counter[str] = Counter()
+
+    def __enter__(self) -> ShardWriter:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / f"{self.stem}.json").unlink(missing_ok=True)
+        for leftover in self.folder.glob(f".{self.stem}.*.tmp"):  # of a task that was killed
+            leftover.unlink()
+        self._temporary = self.folder / f".{self.stem}.{os.getpid()}.tmp"
+        self._sink = pa.OSFile(str(self._temporary), "wb")
+        self._writer = pa.ipc.new_file(self._sink, ARROW)
+        return self
+
+    def add(self, sample: Sample) -> None:
+        """Append one sample."""
+        row = asdict(sample)
+        self._rows.append(row)
+        characters = sum(len(turn["content"]) for dialogue in sample.conversations for turn in dialogue)
+        self._index.append((len(sample.images), len(sample.conversations), characters))
+        hashes = [hashlib.sha256(image).hexdigest() for image in sample.images]
+        self._hashes += [int(value[:16], 16) for value in hashes]
+        self._content.update(digest({**row, "images": hashes}).encode())
+        self._sources[sample.source] += 1
+        self.receipt.text_only += not sample.images
+        if len(self._rows) == ROWS_PER_BATCH:
+            self._flush()
+
+    def drop(self, dropped: Dropped) -> None:
+        """Count a record that is left out, keeping the first examples."""
+        self._dropped[dropped.reason] += 1
+        if self._dropped[dropped.reason] <= MAX_EXAMPLES:
+            self.receipt.dropped_examples.append(asdict(dropped))
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._writer.write_batch(pa.RecordBatch.from_pylist(self._rows, schema=ARROW))
+            self._rows.clear()
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if error is None:
+            self._flush()
+        self._writer.close()
+        self._sink.close()
+        if error is not None:
+            self._temporary.unlink()
+            return
+        index = np.array(self._index, dtype=INDEX)
+        np.save(self.folder / f"{self.stem}.npy", index)
+        np.save(self.folder / f"{self.stem}.hashes.npy", np.array(self._hashes, dtype="<u8"))
+        receipt = self.receipt
+        receipt.samples = len(index)
+        receipt.images = int(index["images"].sum())
+        receipt.dialogues = int(index["dialogues"].sum())
+        receipt.sources = dict(sorted(self._sources.items()))
+        receipt.dropped = dict(sorted(self._dropped.items()))
+        receipt.bytes = self._temporary.stat().st_size
+        receipt.sha256 = file_sha256(self._temporary)
+        receipt.content = self._content.hexdigest()
+        with self._temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        self._temporary.replace(self.folder / receipt.file)
+        write_atomically(self.folder / f"{self.stem}.json", json.dumps(asdict(receipt), indent=1) + "\n")
+
+
+def file_sha256(file: Path) -> str:
+    """sha256 of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def shard_stem(number: int) -> str:
+    """File name of a shard without its suffix."""
+    return f"shard-{number:05d}"
+
+
+def read_receipt(folder: Path, number: int) -> Shard | None:
+    """Receipt of shard ``number``; none when the shard is not finished."""
+    file = folder / f"{shard_stem(number)}.json"
+    return Shard(**json.loads(file.read_text())) if file.is_file() else None
+
+
+@dataclass
+class Manifest:
+    """What a prepared split holds and where it came from.
+
+    Attributes:
+        fingerprint: of the samples in their order (not of the machine or the time): equal data, equal fingerprint.
+        made_from: description of the source and options.
+        statistics: figures summed over the shards.
+    """
+
+    dataset: str
+    split: str
+    fingerprint: str
+    samples: int
+    images: int
+    unique_images: int
+    dialogues: int
+    text_only: int
+    sources: dict[str, int]
+    dropped: dict[str, int]
+    dropped_examples: list[dict[str, str]]
+    statistics: dict[str, Any]
+    made_from: dict[str, Any]
+    shards: list[dict[str, Any]]
+    schema_version: int = SCHEMA_VERSION
+    rows_per_batch: int = ROWS_PER_BATCH
+
+
+def merge(folder: Path, shards: list[Shard], dataset: str, split: str, made_from: dict[str, Any]) -> Manifest:
+    """The manifest of a split from the receipts of all its shards, in order."""
+    hashes = [np.load(folder / Path(shard.file).with_suffix(".hashes.npy"), allow_pickle=False) for shard in shards]
+    unique = len(np.unique(np.concatenate([np.empty(0, "<u8"), *hashes])))
+
+    def total(name: str) -> dict[str, int]:
+        return dict(sorted(sum((Counter(getattr(shard, name)) for shard in shards), Counter()).items()))
+
+    examples: Counter[str] = Counter()
+    kept = []
+    for example in (example for shard in shards for example in shard.dropped_examples):
+        examples[example["reason"]] += 1
+        if examples[example["reason"]] <= MAX_EXAMPLES:
+            kept.append(example)
+    statistics: dict[str, Counter] = {}
+    for shard in shards:
+        for name, counts in shard.statistics.items():
+            statistics.setdefault(name, Counter()).update(counts)
+    return Manifest(
+        dataset=dataset,
+        split=split,
+        fingerprint=digest([SCHEMA_VERSION, [shard.content for shard in shards if shard.samples]]),
+        samples=sum(shard.samples for shard in shards),
+        images=sum(shard.images for shard in shards),
+        unique_images=unique,
+        dialogues=sum(shard.dialogues for shard in shards),
+        text_only=sum(shard.text_only for shard in shards),
+        sources=total("sources"),
+        dropped=total("dropped"),
+        dropped_examples=kept,
+        statistics={name: dict(sorted(counts.items())) for name, counts in statistics.items()},
+        made_from=made_from,
+        shards=[
+            {"file": s.file, "samples": s.samples, "bytes": s.bytes, "sha256": s.sha256} for s in shards if s.samples
+        ],
+    )
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``manifest.json`` of a split."""
+    write_atomically(folder / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Manifest of a prepared split.
+
+    Raises:
+        DataError: there is none, it cannot be read, or it is of another schema version.
+    """
+    file = Path(folder) / MANIFEST
+    if not file.is_file():
+        raise DataError(f"{folder} is no prepared split (no {MANIFEST}); prepare it with python -m data_prep")
+    try:
+        content = json.loads(file.read_text())
+        if content.get("schema_version") == SCHEMA_VERSION:
+            return Manifest(**content)
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        raise DataError(f"{file} is not a manifest ({error}); prepare the data again") from error
+    raise DataError(
+        f"{file} has schema version {content.get('schema_version')}, this program reads {SCHEMA_VERSION}; "
+        "prepare the data again"
+    )
+
+
+class Split:
+    """A prepared split, read by memory mapping: nothing is held in memory but the positions of the shards.
+
+    ``split[i]`` is sample ``i``; the order is that of the shards. Shards are opened on first use, so an instance can go
+    to worker processes.
+
+    Args:
+        folder: ``<root>/<dataset>/<split>``.
+
+    Raises:
+        DataError: no manifest, or a shard is missing or has another size than the manifest says.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        for shard in self.manifest.shards:
+            file = self.folder / shard["file"]
+            size = file.stat().st_size if file.is_file() else None
+            if size != shard["bytes"]:
+                found = "it is missing" if size is None else f"it has {size} bytes"
+                raise DataError(
+                    f"shard {file} should have {shard['bytes']} bytes, {found}; "
+                    "delete its .json receipt and the manifest, and prepare the data again"
+                )
+        self._starts = np.cumsum([0] + [shard["samples"] for shard in self.manifest.shards])
+        self._readers: dict[int, pa.ipc.RecordBatchFileReader] = {}
+
+    def __len__(self) -> int:
+        return self.manifest.samples
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_readers": {}}
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the data."""
+        return self.manifest.fingerprint
+
+    def shard_of(self, position: int) -> Path:
+        """File of the shard that holds sample ``position``."""
+        number = int(np.searchsorted(self._starts, position, side="right")) - 1
+        return self.folder / self.manifest.shards[number]["file"]
+
+    def _row(self, position: int) -> tuple[pa.RecordBatch, int]:
+        if not 0 <= position < len(self):
+            raise IndexError(f"sample {position} of {len(self)}")
+        number = int(np.searchsorted(self._starts, position, side="right")) - 1
+        at = position - int(self._starts[number])
+        try:
+            if number not in self._readers:
+                file = self.folder / self.manifest.shards[number]["file"]
+                self._readers[number] = pa.ipc.open_file(pa.memory_map(str(file)))
+            return self._readers[number].get_batch(
+                at // self.manifest.rows_per_batch
+            ), at % self.manifest.rows_per_batch
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(
+                f"shard {self.shard_of(position)} is corrupt at sample {position} ({error}); "
+                "compare it with the sha256 in the manifest, and prepare it again"
+            ) from error
+
+    def __getitem__(self, position: int) -> Sample:
+        batch, row = self._row(position)
+        return Sample(**{name: batch.column(name)[row].as_py() for name in ARROW.names})
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[position] for position in range(len(self)))
+
+    def index(self) -> np.ndarray:
+        """``INDEX`` records of all samples, memory-mapped where there is one shard."""
+        files = [self.folder / Path(shard["file"]).with_suffix(".npy") for shard in self.manifest.shards]
+        parts = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, INDEX), *parts])
+
+    def verify(self) -> None:
+        """Read every shard and compare its sha256 with the manifest.
+
+        Raises:
+            DataError: naming the first shard that differs.
+        """
+        for shard in self.manifest.shards:
+            if (got := file_sha256(self.folder / shard["file"])) != shard["sha256"]:
+                raise DataError(
+                    f"shard {self.folder / shard['file']}: expected sha256 {shard['sha256']}, got {got}; "
+                    "delete its .json receipt and the manifest, and prepare the data again"
+                )
+
+
+def write_split(
+    folder: Path, samples: Iterable[Sample], dataset: str = "unnamed", made_from: dict[str, Any] | None = None
+) -> Manifest:
+    """Write ``samples`` as a split of one shard; for small sets and tests.
+
+    Returns:
+        Its manifest, which was also written.
+    """
+    made_from = made_from or {}
+    with ShardWriter(folder, 0, digest(made_from)) as writer:
+        for sample in samples:
+            writer.add(sample)
+    manifest = merge(folder, [writer.receipt], dataset, folder.name, made_from)
+    write_manifest(folder, manifest)
+    return manifest

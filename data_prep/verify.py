@@ -1,0 +1,111 @@
+"""Checks of one sample before it is stored: every image decoded once, every dialogue well formed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from data_prep.images import MAX_PIXELS, ImageError, describe, open_image
+from data_prep.schema import ROLES, Dialogue, Dropped, Sample
+
+IMAGE_TOKEN = "<image>"
+
+
+class Defect(ValueError):
+    """One thing wrong with a sample: a countable reason and the detail."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+
+def check_dialogue(dialogue: Dialogue) -> None:
+    """Roles alternate user/assistant after at most one system turn, and every answer says something.
+
+    Raises:
+        Defect: naming what is wrong and in which turn.
+    """
+    if not isinstance(dialogue, list) or not dialogue:
+        raise Defect("conversation empty")
+    for number, turn in enumerate(dialogue):
+        content = turn.get("content")
+        if not isinstance(content, str):
+            raise Defect("turn without text", f"turn {number}: {type(content).__name__}")
+        if turn.get("role") not in ROLES:
+            raise Defect("unknown role", f"turn {number}: {turn.get('role')!r}")
+        try:
+            content.encode()
+        except UnicodeEncodeError as error:
+            raise Defect("text is not valid Unicode", f"turn {number}: {error.reason}") from error
+        if "\0" in content:
+            raise Defect("text holds a NUL character", f"turn {number}")
+        if IMAGE_TOKEN in content:
+            raise Defect("image token left in text", f"turn {number}")
+        if turn["role"] == "assistant" and not content.strip():
+            raise Defect("answer empty", f"turn {number}")
+    roles = [turn["role"] for turn in dialogue]
+    spoken = roles[roles[0] == "system" :]
+    expected = ["user", "assistant"] * ((len(spoken) + 1) // 2)
+    if not spoken or spoken != expected[: len(spoken)]:
+        raise Defect("roles do not alternate", " ".join(roles))
+    if spoken[-1] != "assistant":
+        raise Defect("no final answer", " ".join(roles))
+
+
+@dataclass
+class Verifier:
+    """Checks samples and counts what it saw.
+
+    Attributes:
+        max_pixels: of one image.
+        min_side: shortest accepted side in pixels.
+        token_length: tokens of a dialogue (template included), for the histogram and ``max_length``; none: not counted.
+        max_length: longest accepted dialogue in tokens; none: any.
+        statistics: counters by name, for the manifest.
+    """
+
+    max_pixels: int = MAX_PIXELS
+    min_side: int = 2
+    token_length: Callable[[Dialogue], int] | None = None
+    max_length: int | None = None
+    statistics: dict[str, Counter] = field(default_factory=dict)
+
+    def check(self, sample: Sample) -> Dropped | None:
+        """What is wrong with ``sample``; none when it is sound, and then it is counted."""
+        seen: list[tuple[str, str]] = []
+        try:
+            if not sample.id:
+                raise Defect("no id")
+            if not sample.conversations:
+                raise Defect("conversation empty")
+            for number, dialogue in enumerate(sample.conversations):
+                try:
+                    check_dialogue(dialogue)
+                except Defect as defect:
+                    where = f"dialogue {number}" if len(sample.conversations) > 1 else ""
+                    raise Defect(defect.reason, ", ".join(filter(None, (where, defect.detail)))) from None
+            for data in sample.images:
+                image = open_image(data, self.max_pixels)
+                if min(image.size) < self.min_side:
+                    raise Defect("image too small", f"{image.width} x {image.height} pixels")
+                seen += [(f"image {name}", value) for name, value in describe(image).items()]
+                seen.append(("image shortest side", bucket(min(image.size))))
+            if self.token_length is not None:
+                for dialogue in sample.conversations:
+                    length = self.token_length(dialogue)
+                    if self.max_length is not None and length > self.max_length:
+                        raise Defect("too long", f"{length} tokens, at most {self.max_length} are accepted")
+                    seen.append(("dialogue tokens", bucket(length)))
+        except (Defect, ImageError) as error:
+            return Dropped(sample.id, error.reason, error.detail)
+        seen.append(("images per sample", f"{len(sample.images):04d}"))
+        seen.append(("dialogues per sample", bucket(len(sample.conversations))))
+        for name, value in seen:
+            self.statistics.setdefault(name, Counter())[value] += 1
+        return None
+
+
+def bucket(value: int) -> str:
+    """Name of the histogram bin of ``value``: its lower bound, a power of two, zero-padded to sort as text."""
+    return f"{1 << (value.bit_length() - 1) if value else 0:07d}"
