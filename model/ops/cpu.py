@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.ops.rows import NO_SAMPLE
+from model.ops.rows import NO_SAMPLE, Segments
 
 Run = tuple[int, int, int]
 """(first token, one past the last, sample)."""
@@ -22,11 +22,11 @@ def forward(
     biases: list[Tensor],
     a: list[Tensor],
     b: list[Tensor],
-    segments: list[Tensor],
-    per_sample: int,
     scale: float,
+    segments: Segments,
 ) -> list[Tensor]:
     """Outputs ``y_g`` [T, d_out_g] and, last, ``z`` [G, T, r] with ``z_g = scale * x A_g`` (see ``lowrank.py``)."""
+    per_sample = segments.per_sample
     z = x.new_empty(len(a), x.shape[0], a[0].shape[2])
     runs = [] if per_sample else _runs(segments)
     if not per_sample and not _covers(runs, x.shape[0]):
@@ -63,14 +63,14 @@ def backward(
     a: list[Tensor],
     b: list[Tensor],
     z: Tensor,
-    segments: list[Tensor],
-    per_sample: int,
     scale: float,
+    segments: Segments,
     need_dx: bool,
     need_da: bool,
     need_db: bool,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
     """Gradients ``dx`` [T, d_in], ``da`` [G, S, d_in, r] and ``db`` per projection (see ``lowrank.py``)."""
+    per_sample = segments.per_sample
     runs = [] if per_sample else _runs(segments)
     dz = None
     if need_dx or need_da:
@@ -128,9 +128,9 @@ def _by_sample(t: Tensor, per_sample: int) -> Tensor:
     return t.view(-1, per_sample, t.shape[1])
 
 
-def _runs(segments: list[Tensor]) -> list[Run]:
+def _runs(segments: Segments) -> list[Run]:
     """Non-empty segments that have a sample; neighbours of one sample joined."""
-    offsets, samples = segments[0].tolist(), segments[1].tolist()
+    offsets, samples = segments.offsets.tolist(), segments.sample.tolist()
     runs: list[Run] = []
     for i, sample in enumerate(samples):
         start, end = offsets[i], offsets[i + 1]

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 from model.ops import cpu, reference
 from model.ops.backend import backend_for
 from model.ops.partitioned import gathered
-from model.ops.rows import Rows, as_rows
+from model.ops.rows import Rows, Segments, as_rows
 
 
 def lowrank_linear(
@@ -164,7 +164,13 @@ def lowrank_linear_op(
     scale: float,
 ) -> list[Tensor]:
     """G outputs [T, d_out_g] and z [G, T, r]. ``x`` [T, d_in]; ``segments`` as ``Segments.tensors()``."""
-    return cpu.forward(x, weights, biases, a, b, segments, per_sample, scale)
+    segments = Segments(*segments, per_sample, max_len)
+    name = backend_for(x.device)
+    if name == "cpu":
+        return cpu.forward(x, weights, biases, a, b, scale, segments)
+    from model.ops import hybrid  # Triton is imported only where it runs
+
+    return hybrid.forward(x, weights, biases, a, b, scale, segments, fused=name == "fused")
 
 
 @lowrank_linear_op.register_fake
@@ -191,7 +197,15 @@ def lowrank_linear_backward_op(
     need_dbias: bool,
 ) -> list[Tensor]:
     """The gradients asked for, and only those: dx, da [G, S, d_in, r], db per g, dW per g, dbias per g."""
-    dx, da, db = cpu.backward(dy, x, weights, a, b, z, segments, per_sample, scale, need_dx, need_da, need_db)
+    segments = Segments(*segments, per_sample, max_len)
+    args = (dy, x, weights, a, b, z, scale, segments, need_dx, need_da, need_db)
+    name = backend_for(x.device)
+    if name == "cpu":
+        dx, da, db = cpu.backward(*args)
+    else:
+        from model.ops import hybrid
+
+        dx, da, db = hybrid.backward(*args, fused=name == "fused")
     dw = [torch.mm(dy_g.t(), x) for dy_g in dy] if need_dw else []
     dbias = [dy_g.sum(0) for dy_g in dy] if need_dbias else []
     return [t for t in (dx, da) if t is not None] + db + dw + dbias
