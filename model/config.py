@@ -67,6 +67,7 @@ class GeneratorConfig:
         every: Place deltas in every n-th layer, never the first: layers n-1, 2n-1, ...
         layers: The placed layers by 0-based index, in place of `every`.
         shared: One stack of blocks for all types in place of one per type.
+        image_norm: Standardise the queries' outputs over images, so that A cannot become the same for every image.
         init: `paper` (exactly as released) or `stable` (small queries, normalised keys, head scaled to its input).
     """
 
@@ -80,6 +81,7 @@ class GeneratorConfig:
     every: int | None = 4
     layers: list[int] | None = None
     shared: bool = False
+    image_norm: bool = False
     init: str = "stable"
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import GeneratorConfig
+from model.image_norm import ImageNorm
 from model.ops import split_perceptual
 from model.placement import Placement, Site
 from model.weights import PerceptualWeights
@@ -91,6 +92,7 @@ class Stack(nn.Module):
             for _ in range(config.num_blocks)
         )
         self.norm = nn.LayerNorm(config.width, eps=_EPS)
+        self.image_norm = ImageNorm(tuple(self.queries.shape)) if config.image_norm else None
         # One head per input width: types of one width share it (the released code knows a single width).
         widths = sorted({group[0].d_in for group in groups})
         self.heads = nn.ModuleDict({str(d): Head(config.width, d * config.rank) for d in widths})
@@ -100,7 +102,10 @@ class Stack(nn.Module):
         hidden = self.queries.expand(keys.shape[0], -1, -1)
         for block in self.blocks:
             hidden = block(hidden, keys)
-        hidden = sum_by_sample(self.norm(hidden), image_to_sample, weight, n_samples)
+        hidden = self.norm(hidden)
+        if self.image_norm is not None:
+            hidden = self.image_norm(hidden, weight)
+        hidden = sum_by_sample(hidden, image_to_sample, weight, n_samples)
         count = weight.new_zeros(n_samples).index_add(0, image_to_sample, weight)
         factors: dict[Site, Tensor] = {}
         hidden_by_group = hidden.split([len(group) for group in self.groups], dim=1)

@@ -12,7 +12,6 @@ from transformers.utils import cached_file
 
 from model.config import LLMConfig
 
-
 _SAMPLE = 64 * 1024  # bytes
 
 

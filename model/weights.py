@@ -58,12 +58,12 @@ class PerceptualWeights:
         """Share of A's energy that varies with the image, between 0 and 1; fp32 scalar.
 
         Var over samples / mean square, taken over all sites. A value near 0 means that every image gets the same
-        weights: the generator has turned into a plain LoRA and sees nothing. Needs two samples (one gives NaN).
+        weights: the generator has turned into a plain LoRA and sees nothing. One sample alone gives 0.
         """
         varying = total = torch.zeros((), device=next(iter(self.a.values())).device)
         for a in self.a.values():
             a = a.detach().float()
-            varying = varying + a.var(0, correction=1).sum()
+            varying = varying + a.var(0, correction=0).sum()
             total = total + a.square().mean(0).sum()
         return varying / total.clamp_min(1e-30)
 

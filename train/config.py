@@ -41,7 +41,6 @@ class StageConfig:
 
     Attributes:
         name: `pretrain` or `finetune`.
-        init_from: Run directory whose exported weights this stage starts from.
         steps: Optimizer steps; null: `epochs` passes over the data.
         epochs: Passes over the data, may be a fraction.
         train: Which parts are trained.
@@ -49,7 +48,6 @@ class StageConfig:
     """
 
     name: str = "pretrain"
-    init_from: str | None = None
     steps: int | None = None
     epochs: float | None = 1.0
     train: TrainedParts = field(default_factory=TrainedParts)
@@ -200,7 +198,15 @@ class EvaluationConfig:
 
 @dataclass
 class RunConfig:
-    """One run. Where a key is documented, see the class of its group."""
+    """One run.
+
+    Attributes:
+        seed: Of initialisation and data order.
+        init_from: Run directory whose exported weights this one starts from.
+        run_dir: Where everything about the run goes; null: a new directory below `output_root`.
+        output_root: See `run_dir`.
+        cache_dir: Converted third-party parts and cached features.
+    """
 
     llm: LLMConfig = field(default_factory=LLMConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -215,6 +221,7 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     seed: int = 0
+    init_from: str | None = None
     run_dir: str | None = None
     output_root: str = "outputs"
     cache_dir: str = ".cache"
@@ -309,8 +316,8 @@ def validate(config: RunConfig) -> None:
     check(stage.steps is None or stage.steps > 0, f"stage.steps={stage.steps}: must be above 0")
     check(stage.train.connector or stage.train.llm or stage.train.vision, "stage.train: nothing is trained")
     check(
-        stage.name == "pretrain" or stage.init_from is not None,
-        "stage=finetune needs stage.init_from=RUN_DIR_OF_THE_PRETRAINING",
+        stage.name == "pretrain" or config.init_from is not None,
+        "stage=finetune needs init_from=RUN_DIR_OF_THE_PRETRAINING",
     )
     check(
         not (config.vision.cache and stage.train.vision),

@@ -168,6 +168,7 @@ class Engine:
             model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         groups = parameter_groups(model, config.optim)
         factor = schedule(config.optim, total_steps)
+        buffers = {name: buffer.clone() for name, buffer in model.connector.named_buffers()}
         self._ds, self.optimizer, _, self.scheduler = deepspeed.initialize(
             model=model,
             model_parameters=[p for g in groups for p in g["params"]],
@@ -175,6 +176,10 @@ class Engine:
             lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
             config=deepspeed_config(config, world, accumulation),
         )
+        # In bf16 DeepSpeed rounds buffers too; the connector's statistics stay as they were.
+        for name, buffer in buffers.items():
+            owner, _, leaf = name.rpartition(".")
+            model.connector.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
         self.group_names = [g["name"] for g in groups]
         self.world_size = world
         self._skipped = 0

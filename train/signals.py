@@ -7,10 +7,10 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from train import distributed
+if TYPE_CHECKING:  # this module is installed before the imports that take seconds
+    import torch
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -56,6 +56,8 @@ class StopRequest:
 
     def agreed(self, device: torch.device) -> bool:
         """Whether any rank was told to stop; the same answer on all ranks. Collective."""
+        from train import distributed
+
         if self.reason is None and distributed.rank() == 0 and self.file.exists():
             self.reason = "stop file"
         return distributed.reduce([float(self.reason is not None)], device, "max")[0] > 0

@@ -1,0 +1,76 @@
+"""`python -m train [overrides]`: compose and check the configuration, make the run directory, start the workers.
+
+python -m train stage=pretrain
+python -m train stage=finetune init_from=outputs/RUN
+python -m train -m generator.rank=16,32,64 generator.num_blocks=4,8
+python -m train experiment=vlora_7b check=true        # everything but the training
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from train import config as configuration
+from train import launch, run_dir
+from train.distributed import quiet
+from train.errors import UserError, run_cli
+
+CONF = str(Path(__file__).resolve().parents[1] / "conf")
+
+
+def check_model(config: configuration.RunConfig) -> str:
+    """Build the model on the meta device and return its table.
+
+    Raises:
+        ValueError: sizes that do not fit the parts.
+    """
+    import torch
+
+    from model.vlm import build_model
+    from train.engine import freeze
+    from train.summary import describe
+
+    model = build_model(config.model, torch.bfloat16, meta=True)
+    freeze(model, config.stage)
+    return describe(model)
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="config")
+def _main(composed: DictConfig) -> int:
+    composed = OmegaConf.create(composed)
+    OmegaConf.set_struct(composed, False)
+    check_only = bool(composed.pop("check", False))
+    config = configuration.resolve(composed)
+    quiet()
+    workers = launch.worker_count(config)
+    configuration.accumulation(config, workers)
+    table = check_model(config)
+    if check_only:
+        print(table)
+        return 0
+    path = run_dir.create(config)
+    print(f"run directory: {path}", flush=True)
+    code = launch.local(config, path)
+    if code:
+        raise UserError(f"the run in {path} failed (exit code {code}); the reason stands above")
+    return 0
+
+
+def main() -> int:
+    """Run Hydra's program with its errors turned into ours."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raises, where Hydra would print a shortened traceback
+    try:
+        _main()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise configuration.explain(error) from error
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

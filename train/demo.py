@@ -1,0 +1,191 @@
+"""`python -m train.demo --out DIR`: the whole pipeline on real parts, ending in a report (`make demo`).
+
+Runs the very commands a user would type, one after another, and measures them from outside: wall seconds, core seconds
+and the peak memory of all their processes together. A second call with the same folder goes on where the first
+stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from train.errors import UserError, run_cli
+
+_CODE = Path(__file__).resolve().parents[1]
+
+
+class _PeakMemory(threading.Thread):
+    """Samples the memory of a process and all its descendants once a second.
+
+    Proportional set size: pages that ranks share are counted once in all.
+    """
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0
+        self._pid, self._stop = pid, threading.Event()
+
+    def run(self) -> None:
+        while not self._stop.wait(1.0):
+            try:
+                root = psutil.Process(self._pid)
+                processes = [root, *root.children(recursive=True)]
+            except psutil.NoSuchProcess:
+                return
+            self.peak = max(self.peak, sum(_memory(p) for p in processes))
+
+    def stop(self) -> int:
+        """Bytes at the peak."""
+        self._stop.set()
+        self.join()
+        return self.peak
+
+
+def _memory(process: psutil.Process) -> int:
+    try:
+        full = process.memory_full_info()
+        return getattr(full, "pss", full.rss)
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return 0
+
+
+class Steps:
+    """Runs commands and keeps what each cost in `steps.json`.
+
+    Args:
+        file: Where the costs are kept; a step already in it is not run again.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.costs: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.exists() else {}
+
+    def run(self, name: str, *arguments: str) -> None:
+        """Run `python -m arguments...` once.
+
+        Raises:
+            UserError: it failed.
+        """
+        if name in self.costs:
+            print(f"== {name}: done before", flush=True)
+            return
+        print(f"== {name}: python -m {' '.join(arguments)}", flush=True)
+        start, before = time.perf_counter(), _child_seconds()
+        environment = os.environ | {"PYTHONPATH": str(_CODE), "PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen([sys.executable, "-m", *arguments], env=environment)
+        memory = _PeakMemory(process.pid)
+        memory.start()
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
+        finally:
+            peak = memory.stop()
+        if code:
+            raise UserError(f"step '{name}' failed (exit code {code}); the reason stands above")
+        cost = {
+            "seconds": time.perf_counter() - start,
+            "core_seconds": _child_seconds() - before,
+            "peak_gb": peak / 1e9,
+        }
+        self.costs[name] = cost
+        self.file.write_text(json.dumps(self.costs, indent=1))
+        print(f"== {name}: {cost['seconds']:.0f} s, {cost['core_seconds']:.0f} core-s", flush=True)
+
+
+def _child_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def main() -> int:
+    """Parse the command line and run the pipeline."""
+    parser = argparse.ArgumentParser(prog="python -m train.demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder for runs and report")
+    parser.add_argument("--connectors", nargs="+", default=["vlora"], choices=["vlora", "mlp", "qformer"])
+    parser.add_argument("--llm", default="smollm2_135m", choices=["smollm2_135m", "tiny"])
+    parser.add_argument("--questions", type=int, default=2000, help="test questions, a fixed random subset; 0: all")
+    parser.add_argument("overrides", nargs="*", help="further overrides for both stages, key=value")
+    arguments = parser.parse_args()
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    steps = Steps(out / "steps.json")
+
+    steps.run("parts", "data_prep.parts")
+    if arguments.llm == "tiny":
+        steps.run("tiny llm", "data_prep.tiny_llm")
+    steps.run("data", "data_prep", "source=easy_vqa")
+    results: dict[str, Any] = {}
+    for connector in arguments.connectors:
+        results[connector] = _connector(connector, arguments, steps, out)
+    return _report(arguments, steps, out, results, time.perf_counter() - started)
+
+
+def _connector(connector: str, arguments: argparse.Namespace, steps: Steps, out: Path) -> dict[str, Any]:
+    """Both stages and the evaluations of one connector."""
+    common = [f"connector={connector}", f"llm={arguments.llm}", *arguments.overrides]
+    runs = {stage: out / connector / stage for stage in ("pretrain", "finetune")}
+    for stage, run in runs.items():
+        init = [] if stage == "pretrain" else [f"init_from={runs['pretrain']}"]
+        steps.run(f"{stage} {connector}", "train", f"stage={stage}", f"run_dir={run}", *init, *common)
+    limit = [f"max_samples={arguments.questions}"] if arguments.questions else []
+    evaluation = {}
+    for images in ("real", "shuffled"):
+        name = f"evaluate {connector}" + ("" if images == "real" else ", wrong image")
+        steps.run(name, "train.evaluate", f"run={runs['finetune']}", f"images={images}", *limit)
+        evaluation[images] = json.loads((runs["finetune"] / "evaluation" / f"test-{images}.json").read_text())
+    return {"runs": runs, "evaluation": evaluation}
+
+
+def _report(arguments: argparse.Namespace, steps: Steps, out: Path, results: dict[str, Any], seconds: float) -> int:
+    from train import config as configuration
+    from train import report
+    from train.evaluate import image_of
+
+    first = next(iter(results.values()))
+    config = configuration.load(first["runs"]["finetune"] / "config.yaml")
+    floor = first["evaluation"]["real"]["blind_floor"]
+    stages = {c: {s: report.stage_figures(r) for s, r in v["runs"].items()} for c, v in results.items()}
+    summary = {
+        "llm": config.llm.path,
+        "vision": config.vision.path,
+        "connectors": {c: {"stages": stages[c], "evaluation": v["evaluation"]} for c, v in results.items()},
+        "blind_floor": floor,
+        "steps": steps.costs,
+        "seconds_without_setup": seconds,
+        "peak_gb": max(cost["peak_gb"] for cost in steps.costs.values()),
+        **report.run_identity(first["runs"]["finetune"]),
+    }
+    report.plot_losses({c: v["runs"] for c, v in results.items()}, out / "losses.png")
+    report.plot_accuracy({c: v["evaluation"] for c, v in results.items()}, floor, out / "accuracy.png")
+    report.plot_step_time(
+        {f"{c} {s}": f["step_seconds"] for c, v in stages.items() for s, f in v.items()}, out / "step_time.png"
+    )
+    predictions = [
+        json.loads(line)
+        for line in (first["runs"]["finetune"] / "evaluation" / "test-real.jsonl").read_text().splitlines()
+    ]
+    report.plot_samples(report.varied(predictions, 16), image_of(config), out / "samples.png")
+    file = report.write(out, summary)
+    overall = {c: v["evaluation"]["real"]["accuracy"]["overall"]["percent"] for c, v in results.items()}
+    for connector, percent in overall.items():
+        print(f"{connector}: {percent:.1f} % overall, blind floor {floor['overall']['percent']:.1f} %")
+    print(f"report: {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

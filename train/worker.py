@@ -1,0 +1,44 @@
+"""`python -m train.worker RUN_DIR`: one rank of a run.
+
+Started by torchrun (on one machine) or srun (on a cluster) with the same line for a first start, a restart and a
+requeue: it goes on from the newest complete checkpoint in RUN_DIR. A finished run is left as it is.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from train.signals import StopRequest
+
+
+def main() -> int:
+    """Run one stage to its end or to a stop request; 0 in both cases (`DONE` or `STOPPED` in RUN_DIR tells which)."""
+    if len(sys.argv) != 2:
+        print("usage: python -m train.worker RUN_DIR", file=sys.stderr)
+        return 2
+    path = Path(sys.argv[1])
+    stop = StopRequest(path)
+    stop.install()  # before the imports below, which take seconds
+
+    from train import distributed
+    from train.config import load
+    from train.stage import run_stage
+
+    config = load(path / "config.yaml")
+    device = distributed.init(config.engine.timeout_minutes)
+    try:
+        finished = run_stage(config, path, device, stop)
+        if distributed.rank() == 0:
+            (path / ("DONE" if finished else "STOPPED")).write_text(f"{stop.reason or 'finished'}\n")
+        distributed.barrier()
+    finally:
+        distributed.shutdown()
+    stop.done()
+    return 0
+
+
+if __name__ == "__main__":
+    from train.errors import run_cli
+
+    run_cli(main)
