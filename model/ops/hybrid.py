@@ -75,9 +75,9 @@ def _dx(
     segments: Segments,
     fused: bool,
 ) -> Tensor:
-    tiles = (
-        [tuner.tile_for(dy_g, *w.t().shape, dz.shape[2]) for dy_g, w in zip(dy, weights, strict=True)] if fused else []
-    )
+    tiles = []
+    if fused and weights:
+        tiles = [tuner.tile_for(dy_g, *w.t().shape, dz.shape[2]) for dy_g, w in zip(dy, weights, strict=True)]
     if tiles and all(tile is not None for tile in tiles):
         dx = None
         for dy_g, w, dz_g, a_g, tile in zip(dy, weights, dz, a, tiles, strict=True):

@@ -585,7 +585,7 @@ def merge(
     starts = [0] * len(sources) if starts is None else list(starts)
     ends = [lo + w.numel() for lo, w in zip(starts, sources, strict=True)]
     widths = [a_p.shape[0] for a_p in a]
-    tile = {"BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_R": _block(r, 64), "num_warps": 8, "num_stages": 2} | tile
+    tile = {"BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_R": _block(r, 32), "num_warps": 8, "num_stages": 2} | tile
     tiles = max(
         triton.cdiv(triton.cdiv(hi, d_in) - lo // d_in, tile["BLOCK_N"]) * triton.cdiv(d_in, tile["BLOCK_K"])
         for lo, hi, d_in in zip(starts, ends, widths, strict=True)

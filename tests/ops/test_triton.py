@@ -41,3 +41,9 @@ def test_tiny_model_matches_float64():
 @pytest.mark.slow
 def test_mutants_are_caught():
     run_pytest("interpreted/test_mutants.py", interpret=True)
+
+
+@needs_triton
+@pytest.mark.slow
+def test_compiled_kernels_keep_their_budgets():
+    run_pytest("compiled/test_resources.py", interpret=False)
