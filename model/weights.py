@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -80,10 +82,13 @@ class PerceptualWeights:
         return out
 
 
-def base_norms(llm: nn.Module, placement: Placement) -> dict[Site, float]:
+def base_norms(
+    llm: nn.Module, placement: Placement, whole: Callable[[Tensor], AbstractContextManager] = nullcontext
+) -> dict[Site, float]:
     """Frobenius norm |W| of the projection at each site, for |dW| / |W|; for `m`, that of the down projection.
 
-    Call it before the engine partitions the weights.
+    Args:
+        whole: Context in which a weight that an engine has partitioned is whole.
     """
     layers = decoder_layers(llm)
     out = {}
@@ -91,5 +96,6 @@ def base_norms(llm: nn.Module, placement: Placement) -> dict[Site, float]:
         module = layers[site.layer].get_submodule(site.module)
         if site.type == "m":
             module = next(m for n, m in module.named_modules() if n in ("down_proj", "fc2"))
-        out[site] = module.weight.detach().float().norm().item()
+        with whole(module.weight):
+            out[site] = module.weight.detach().float().norm().item()
     return out

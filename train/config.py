@@ -59,13 +59,15 @@ class LearningRates:
     """Peak learning rate per parameter group; null: that of `connector`.
 
     Attributes:
-        connector: The generator (or projector) without B.
+        connector: The generator (or projector) without heads and B.
+        heads: The generator's linear heads.
         output_factors: The learned factors B.
         llm: The language model.
         vision: The vision encoder.
     """
 
     connector: float = 5e-5
+    heads: float | None = None
     output_factors: float | None = None
     llm: float | None = None
     vision: float | None = None

@@ -19,7 +19,6 @@ from model.vlm import VisionLanguageModel
 from train.config import OptimConfig, RunConfig, StageConfig
 from train.errors import UserError
 
-PARTS = ("connector", "output_factors", "llm", "vision")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -81,6 +80,8 @@ def part_of(name: str) -> str:
     """The parameter group's part that a parameter belongs to."""
     if name.startswith("connector.generator.output_factors."):
         return "output_factors"
+    if name.startswith("connector.generator.stacks.") and ".heads." in name:
+        return "heads"
     return name.split(".", 1)[0]
 
 

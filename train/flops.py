@@ -35,16 +35,17 @@ class StepFlops:
 
 
 class FlopCounter:
-    """Counts a step from its numbers of tokens; made from the model's own shapes before it is partitioned."""
+    """Counts a step from its numbers of tokens; made from the model's own shapes, partitioned or not."""
 
     def __init__(self, model: VisionLanguageModel, features_cached: bool) -> None:
         llm, config = model.llm, model.llm.config.get_text_config()
         layers = decoder_layers(llm)
-        self._linear = [sum(m.weight.numel() for m in layer.modules() if isinstance(m, nn.Linear)) for layer in layers]
+        self._linear = [_linear_size(layer) for layer in layers]
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         self._attention_width = heads * head_dim
-        self._head = llm.get_output_embeddings().weight.numel()
+        head = llm.get_output_embeddings()
+        self._head = head.in_features * head.out_features
         self._llm_trained = any(p.requires_grad for p in llm.parameters())
         self._visual_tokens = model.connector.visual_tokens
         self._first_layer = model.placement.layers[0] if model.placement else 0
@@ -92,12 +93,17 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for key, peak in _PEAK.items() if key in name), None)
 
 
+def _linear_size(module: nn.Module) -> int:
+    """Weights of all linear layers below `module`; read from the layers, for a partitioned weight is empty."""
+    return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+
+
 def _vision_flops(model: VisionLanguageModel) -> float:
     encoder = model.vision.encoder
     config = encoder.config
     patches = (model.vision.image_size // config.patch_size) ** 2
     tokens = patches + model.vision.num_prefix
-    linear = sum(m.weight.numel() for m in encoder.modules() if isinstance(m, nn.Linear))
+    linear = _linear_size(encoder)
     patchify = 2 * patches * 3 * config.patch_size**2 * config.hidden_size
     return 2 * linear * tokens + 4 * tokens**2 * config.hidden_size * config.num_hidden_layers + patchify
 
@@ -131,5 +137,4 @@ def _connector_flops(connector: nn.Module) -> float:
         patches, queries = projector.pos_embed.shape[0], projector.queries.shape[0]
         blocks = _blocks_flops(projector.blocks, queries, patches)
         return 2.0 * (patches * projector.visual_proj.weight.numel() + queries * projector.out.weight.numel()) + blocks
-    linear = sum(m.weight.numel() for m in projector.modules() if isinstance(m, nn.Linear))
-    return 2.0 * linear * connector.visual_tokens
+    return 2.0 * _linear_size(projector) * connector.visual_tokens

@@ -1,0 +1,32 @@
+# Every target makes its own .venv when it is missing or requirements.txt is newer, and reuses it otherwise.
+PYTHON ?= python3.11
+OUT ?= outputs/demo
+CONNECTORS ?= vlora
+VENV := .venv
+BIN := $(VENV)/bin
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test lint clean sweep compare
+
+demo: $(VENV)/.installed          ## prepare, pretrain, finetune, evaluate, report (OUT=dir)
+	$(BIN)/python -m train.demo --out $(OUT) --connectors $(CONNECTORS)
+
+compare: $(VENV)/.installed       ## the demo with VLoRA and the LLaVA-style projector side by side
+	$(BIN)/python -m train.demo --out outputs/compare --connectors vlora mlp
+
+test: $(VENV)/.installed          ## all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:                            ## remove the environment, caches and outputs
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache outputs multirun
+
+$(VENV)/.installed: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	# torch first: DeepSpeed's build looks for it.
+	$(BIN)/pip install --quiet --no-compile $$(grep -o '^torch==[^ ]*' requirements.txt)
+	$(BIN)/pip install --quiet --no-compile -r requirements.txt
+	touch $@
