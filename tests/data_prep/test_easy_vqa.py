@@ -139,7 +139,7 @@ def test_caption_styles():
     [
         (
             ["source=easy_vqa", "source.caption=short"],
-            "unknown configuration key source.caption; did you mean source\.",
+            r"unknown configuration key source.caption; did you mean source\.",
         ),
         (["source=easy_vqa", "rooot=x"], "unknown configuration key rooot; did you mean root?"),
         (["source=easy_vqa", "workers=many"], "configuration key workers: .*'many'"),

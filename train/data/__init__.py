@@ -1,0 +1,23 @@
+"""Prepared splits to batches: deterministic order, exact resume, pixels or cached features."""
+
+from train.data.collate import Text
+from train.data.config import DataConfig, SourceConfig
+from train.data.features import FeatureCache, ensure_feature_cache
+from train.data.loader import EvalBatch, EvalItem, EvalLoader, TrainLoader, make_text, open_split
+from train.data.pixels import PixelPreprocessor, load_preprocessor
+
+__all__ = [
+    "DataConfig",
+    "EvalBatch",
+    "EvalItem",
+    "EvalLoader",
+    "FeatureCache",
+    "PixelPreprocessor",
+    "SourceConfig",
+    "Text",
+    "TrainLoader",
+    "ensure_feature_cache",
+    "load_preprocessor",
+    "make_text",
+    "open_split",
+]

@@ -1,0 +1,126 @@
+"""Samples to ``model.batch.Batch``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from data_prep.errors import DataError
+from data_prep.images import ImageError
+from data_prep.schema import Dialogue, Sample
+from data_prep.templates import Encoded, TextEncoder, TooLongError
+from model.batch import IGNORE, Batch
+
+ImageInput = Callable[[bytes], Tensor]
+"""One image file -> pixels [3, H, W] (``PixelPreprocessor``) or cached features [P, V] (``FeatureCache``)."""
+
+
+@dataclass
+class Text:
+    """How dialogues become rows.
+
+    Attributes:
+        dialogue: encoder of dialogues.
+        caption: encoder of captions (dialogues with an empty user turn); default the same.
+        on_too_long: ``fail``, or ``drop`` the dialogue, which is then counted.
+    """
+
+    dialogue: TextEncoder
+    caption: TextEncoder | None = None
+    on_too_long: str = "fail"
+
+    def encoder(self, dialogue: Dialogue) -> TextEncoder:
+        """The encoder that a dialogue goes to."""
+        said = any(turn["role"] == "user" and turn["content"] for turn in dialogue)
+        return self.dialogue if said or self.caption is None else self.caption
+
+
+@dataclass
+class Piece:
+    """One sample of a micro-batch: where it lies (for messages), its images and its encoded rows."""
+
+    where: str
+    images: list[bytes]
+    rows: list[Encoded] = field(default_factory=list)
+
+
+def encode_sample(text: Text, sample: Sample, chosen: list[int], where: str) -> tuple[Piece, int]:
+    """The chosen dialogues of a sample as rows, and how many were dropped as too long.
+
+    Raises:
+        DataError: naming shard and sample: a dialogue is too long under ``on_too_long=fail``, or has no target.
+    """
+    piece, dropped = Piece(where, sample.images), 0
+    for number in chosen:
+        dialogue = sample.conversations[number]
+        try:
+            piece.rows.append(text.encoder(dialogue).encode(dialogue))
+        except TooLongError as error:
+            if text.on_too_long == "fail":
+                raise DataError(
+                    f"{where}, dialogue {number}: {error}; raise data.max_length or set data.on_too_long=drop"
+                ) from error
+            dropped += 1
+        except DataError as error:
+            raise DataError(f"{where}, dialogue {number}: {error}") from error
+    return piece, dropped
+
+
+def collate(
+    pieces: list[Piece], image: ImageInput, pad_id: int, dummy: Tensor, left: bool = False, multiple: int = 1
+) -> Batch:
+    """One micro-batch.
+
+    Args:
+        pieces: its samples, in order.
+        image: image bytes to tensor.
+        pad_id: token id of padding (masked by length, so it may be a real token's).
+        dummy: what a batch without images carries, with weight 0.
+        left: pad on the left (generation) instead of the right.
+        multiple: pad the length to a multiple of this.
+
+    Raises:
+        DataError: naming shard and sample of an unreadable image.
+    """
+    rows = [row for piece in pieces for row in piece.rows]
+    # Every dialogue dropped: one padding row without targets, so that this rank still takes its part in the step.
+    rows = rows or [Encoded([pad_id], [IGNORE])]
+    length = -(-max(len(row.input_ids) for row in rows) // multiple) * multiple
+    input_ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
+    labels = torch.full((len(rows), length), IGNORE, dtype=torch.int64)
+    mask = torch.zeros(len(rows), length, dtype=torch.int64)
+    for number, row in enumerate(rows):
+        size = len(row.input_ids)
+        span = slice(length - size, length) if left else slice(0, size)
+        input_ids[number, span] = torch.tensor(row.input_ids, dtype=torch.int64)
+        labels[number, span] = torch.tensor(row.labels, dtype=torch.int64)
+        mask[number, span] = 1
+    row_to_sample = [number for number, piece in enumerate(pieces) for _ in piece.rows] or [0]
+    images, image_to_sample = [], []
+    for number, piece in enumerate(pieces):
+        for data in piece.images:
+            try:
+                images.append(image(data))
+            except (ImageError, DataError) as error:
+                raise DataError(f"{piece.where}: {error}") from error
+            image_to_sample.append(number)
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=mask,
+        labels=labels,
+        row_to_sample=torch.tensor(row_to_sample, dtype=torch.int64),
+        images=torch.stack(images) if images else dummy[None],
+        image_to_sample=torch.tensor(image_to_sample or [0], dtype=torch.int64),
+        image_weight=torch.full((max(1, len(images)),), float(bool(images))),
+        n_samples=max(1, len(pieces)),
+    )
+
+
+def dummy_image(image: ImageInput) -> Tensor:
+    """Zeros in the shape and dtype of what ``image`` makes."""
+    if hasattr(image, "size"):
+        return torch.zeros(3, image.size, image.size)
+    return torch.zeros(image.shape, dtype=image.dtype)

@@ -1,0 +1,52 @@
+"""Configuration of the data of a stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class SourceConfig:
+    """One prepared split to train on.
+
+    Attributes:
+        path: folder of the split, below ``data.root`` unless absolute.
+        weight: passes over it per epoch; 0.5 takes another half of it each epoch, 2 all of it twice.
+    """
+
+    path: str = "???"
+    weight: float = 1.0
+
+
+@dataclass
+class DataConfig:
+    """Which data, as which text, in which batches.
+
+    Attributes:
+        root: folder of prepared data.
+        train: sources of the training mixture.
+        val, test: folders of the splits to evaluate on, below ``root`` unless absolute.
+        batch_size: samples (image sets) of one optimizer step, over all ranks and micro-batches.
+        dialogues_per_sample: dialogues drawn from a sample each time it comes up; null: all.
+        template: text template of dialogues, see ``data_prep.templates``.
+        caption_template: that of captions (dialogues with an empty user turn); null: ``template``.
+        max_length: longest row in tokens; null: any.
+        on_too_long: ``fail``, or ``drop`` the dialogue (counted and reported).
+        pad_to_multiple: row length is padded to a multiple of this.
+        num_workers: loader processes per rank; 0 loads in the training process.
+        prefetch: steps that each loader process prepares ahead.
+    """
+
+    root: str = ".cache/data"
+    train: list[SourceConfig] = field(default_factory=list)
+    val: str | None = None
+    test: str | None = None
+    batch_size: int = 32
+    dialogues_per_sample: int | None = None
+    template: str = "chat"
+    caption_template: str | None = None
+    max_length: int | None = 2048
+    on_too_long: str = "fail"
+    pad_to_multiple: int = 1
+    num_workers: int = 0
+    prefetch: int = 2

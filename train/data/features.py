@@ -1,0 +1,193 @@
+"""Features of a frozen vision encoder, computed once per different image and read from disk by memory mapping."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_prep.errors import DataError
+from data_prep.images import ImageError
+from data_prep.schema import Split, digest
+from train.data.pixels import PixelPreprocessor
+
+DTYPES = {"float32": (torch.float32, np.float32), "bfloat16": (torch.bfloat16, np.uint16)}
+"""Names of stored dtypes: (torch, numpy); numpy has no bfloat16, so its bits are kept as uint16."""
+
+
+class FeatureCache:
+    """Cached features by image bytes.
+
+    Files: ``features.npy`` [n, P, V], ``keys.npy`` (the sorted first 8 bytes of the images' sha256), ``meta.json``.
+
+    Args:
+        folder: of a finished cache.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.meta = json.loads((self.folder / "meta.json").read_text())
+        self.dtype, _ = DTYPES[self.meta["dtype"]]
+        self._keys = np.load(self.folder / "keys.npy", mmap_mode="r", allow_pickle=False)
+        self._features = np.load(self.folder / "features.npy", mmap_mode="r", allow_pickle=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(P, V) of one image."""
+        return tuple(self._features.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __call__(self, data: bytes) -> Tensor:
+        """Features [P, V] of one image file.
+
+        Raises:
+            DataError: the image is not in the cache.
+        """
+        key = image_key(data)
+        at = int(np.searchsorted(self._keys, key))
+        if at == len(self._keys) or self._keys[at] != key:
+            raise DataError(f"an image is not in the feature cache {self.folder}; delete the folder to make it anew")
+        array = torch.from_numpy(np.array(self._features[at]))
+        return array.view(self.dtype) if self.dtype is torch.bfloat16 else array
+
+    def moments(self, keys: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation per feature channel, fp32 [V], over all images or those of ``keys``."""
+        at = np.arange(len(self)) if keys is None else np.searchsorted(self._keys, keys)
+        total, square, count = 0.0, 0.0, 0
+        for start in range(0, len(at), 256):
+            block = torch.from_numpy(np.array(self._features[at[start : start + 256]]))
+            block = (block.view(self.dtype) if self.dtype is torch.bfloat16 else block).double().flatten(0, 1)
+            total, square, count = total + block.sum(0), square + block.square().sum(0), count + len(block)
+        mean = total / count
+        return mean.float(), (square / count - mean.square()).clamp_min(0).sqrt().float()
+
+
+def image_key(data: bytes) -> np.uint64:
+    """The first 8 bytes of the sha256 of an image file, big-endian."""
+    return np.uint64(int.from_bytes(hashlib.sha256(data).digest()[:8], "big"))
+
+
+def split_keys(split: Split) -> np.ndarray:
+    """Sorted keys of the different images of a split, from the hashes kept beside its shards."""
+    files = [split.folder / Path(shard["file"]).with_suffix(".hashes.npy") for shard in split.manifest.shards]
+    return np.unique(np.concatenate([np.empty(0, "<u8"), *(np.load(file, allow_pickle=False) for file in files)]))
+
+
+def ensure_feature_cache(
+    folder: Path,
+    splits: list[Split],
+    pixels: PixelPreprocessor,
+    encode: Callable[[Tensor], Tensor],
+    vision_fingerprint: str,
+    dtype: str = "bfloat16",
+    batch_size: int = 32,
+    rank: int = 0,
+    world_size: int = 1,
+    barrier: Callable[[], None] = lambda: None,
+) -> FeatureCache:
+    """The cache of all images of ``splits``, made first when there is none that matches.
+
+    Collective: every rank encodes its part of the images into one shared file; rank 0 makes it final.
+
+    Args:
+        folder: parent of the caches; each lies in a folder named by its fingerprint.
+        splits: whose images are needed.
+        pixels: image mode, size and normalisation.
+        encode: pixels [I, 3, H, W] -> features [I, P, V].
+        vision_fingerprint: of the encoder's weights and of which layer and tokens are read.
+        dtype: ``float32`` or ``bfloat16``, of the stored features.
+        batch_size: images per call of ``encode``.
+        rank, world_size, barrier: of the process group.
+
+    Raises:
+        DataError: an image cannot be read (naming shard and sample), or no room on disk.
+    """
+    torch_dtype, numpy_dtype = DTYPES[dtype]
+    keys = np.unique(np.concatenate([np.empty(0, "<u8"), *map(split_keys, splits)]))
+    fingerprint = digest(
+        [vision_fingerprint, pixels.fingerprint, dtype, hashlib.sha256(keys.astype("<u8").tobytes()).hexdigest()]
+    )
+    target = Path(folder) / f"features-{fingerprint[:16]}"
+    ready = (target / "meta.json").is_file()
+    barrier()  # so that all ranks have looked before any goes on to make it
+    if ready:
+        return FeatureCache(target)
+    working = target.with_name(f".{target.name}.working")
+    blank = torch.zeros(1, 3, pixels.size, pixels.size)
+    shape = (len(keys), *encode(blank).shape[1:])  # on every rank alike: ZeRO-3 gathers weights in it
+    if rank == 0:
+        _allocate(working, shape, np.dtype(numpy_dtype))
+    barrier()
+    features = np.load(working / "features.npy", mmap_mode="r+", allow_pickle=False)
+    mine = keys[len(keys) * rank // world_size : len(keys) * (rank + 1) // world_size]
+    first, calls = len(keys) * rank // world_size, 0
+    for at, stack in _batches(splits, mine, pixels, batch_size):
+        out = encode(stack).detach().to("cpu", torch_dtype).contiguous()
+        features[first + at] = (out.view(torch.uint16) if torch_dtype is torch.bfloat16 else out).numpy()
+        calls += 1
+    largest = -(-len(keys) // world_size)
+    for _ in range(-(-largest // batch_size) - calls):  # as many calls as the rank with most images
+        encode(blank)
+    features.flush()
+    barrier()
+    if rank == 0:
+        np.save(working / "keys.npy", keys)
+        meta = {"dtype": dtype, "images": len(keys), "vision": vision_fingerprint, "pixels": pixels.fingerprint}
+        (working / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        for file in working.iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        working.rename(target)
+    barrier()
+    return FeatureCache(target)
+
+
+def _allocate(working: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """An empty features file, unless the disk is too small."""
+    shutil.rmtree(working, ignore_errors=True)  # of a run that was killed
+    working.mkdir(parents=True)
+    needed, free = int(np.prod(shape)) * dtype.itemsize, shutil.disk_usage(working).free
+    if needed > free:
+        working.rmdir()
+        raise DataError(
+            f"no room on disk for the feature cache in {working.parent}: it needs {needed >> 20} MB, "
+            f"{free >> 20} MB are free; free some, or set vision.cache=false"
+        )
+    np.lib.format.open_memmap(working / "features.npy", mode="w+", dtype=dtype, shape=shape).flush()
+
+
+def _batches(
+    splits: list[Split], keys: np.ndarray, pixels: PixelPreprocessor, batch_size: int
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """(positions in ``keys``, pixels) of the images with these keys, each once."""
+    left = np.ones(len(keys), dtype=bool)
+    positions: list[int] = []
+    images: list[Tensor] = []
+    for split in splits:
+        for number in range(len(split) if left.any() else 0):
+            sample = split[number]
+            for data in sample.images:
+                key = image_key(data)
+                at = int(np.searchsorted(keys, key))
+                if at == len(keys) or keys[at] != key or not left[at]:
+                    continue
+                left[at] = False
+                try:
+                    images.append(pixels(data))
+                except ImageError as error:
+                    raise DataError(f"{split.shard_of(number)}: sample {sample.id}: {error}") from error
+                positions.append(at)
+                if len(images) == batch_size:
+                    yield np.array(positions), torch.stack(images)
+                    positions, images = [], []
+    if images:
+        yield np.array(positions), torch.stack(images)

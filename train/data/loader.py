@@ -1,0 +1,354 @@
+"""Training and evaluation loaders over prepared splits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedTokenizerBase
+
+from data_prep.errors import DataError
+from data_prep.schema import Split, digest
+from data_prep.templates import IGNORE, Encoded, TextEncoder
+from model.batch import Batch
+from train.data.collate import ImageInput, Piece, Text, collate, dummy_image, encode_sample
+from train.data.config import DataConfig
+from train.data.order import MixtureOrder, Permutation, draw_dialogues
+
+log = logging.getLogger(__name__)
+
+
+def open_split(config: DataConfig, path: str) -> Split:
+    """A split named in the configuration.
+
+    Raises:
+        DataError: it is not prepared or not whole.
+    """
+    return Split(Path(config.root) / path)
+
+
+def make_text(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """Text encoders of the configuration.
+
+    Raises:
+        DataError: unknown template or policy.
+    """
+    if config.on_too_long not in ("fail", "drop"):
+        raise DataError(f"data.on_too_long={config.on_too_long}: choose fail or drop")
+    caption = config.caption_template
+    return Text(
+        TextEncoder(tokenizer, config.template, config.max_length),
+        TextEncoder(tokenizer, caption, config.max_length) if caption else None,
+        config.on_too_long,
+    )
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a worker returns: the micro-batches of a step, or the error that ends the run."""
+
+    batches: list[Batch]
+    dropped: int = 0
+    error: str | None = None
+
+
+class _Steps(Dataset):
+    """Step number -> this rank's micro-batches. Pure, so any process may load any step."""
+
+    def __init__(
+        self,
+        splits: list[Split],
+        order: MixtureOrder,
+        text: Text,
+        image: ImageInput,
+        config: DataConfig,
+        seed: int,
+        rank: int,
+        world_size: int,
+        accumulation: int,
+    ) -> None:
+        self.splits, self.order, self.text, self.image = splits, order, text, image
+        self.config, self.seed, self.rank = config, seed, rank
+        self.micro_size = config.batch_size // (world_size * accumulation)
+        self.accumulation = accumulation
+        self.dummy = dummy_image(image)
+
+    def __getitem__(self, step: int) -> _Step:
+        share = self.micro_size * self.accumulation
+        draws = self.order(step * self.config.batch_size + self.rank * share, share)
+        batches, pieces, dropped = [], [], 0
+        try:
+            for source, sample, epoch in zip(draws.source, draws.sample, draws.epoch, strict=True):
+                piece, cut = self._piece(int(source), int(sample), int(epoch))
+                pieces.append(piece)
+                dropped += cut
+                if len(pieces) == self.micro_size:
+                    multiple = self.config.pad_to_multiple
+                    pad_id = self.text.dialogue.pad_id
+                    batches.append(collate(pieces, self.image, pad_id, self.dummy, multiple=multiple))
+                    pieces = []
+        except DataError as error:
+            # As a value: raised in a worker process it would arrive wrapped in that process's traceback.
+            return _Step([], error=str(error))
+        return _Step(batches, dropped)
+
+    def _piece(self, source: int, sample: int, epoch: int) -> tuple[Piece, int]:
+        split = self.splits[source]
+        content = split[sample]
+        wanted = self.config.dialogues_per_sample
+        chosen = draw_dialogues(len(content.conversations), wanted, self.seed, source, sample, epoch)
+        return encode_sample(self.text, content, chosen, f"{split.shard_of(sample)}: sample {content.id}")
+
+
+class _From(Sampler):
+    """Step numbers from one on, without end."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        step = self.start
+        while True:
+            yield step
+            step += 1
+
+
+class TrainLoader:
+    """Endless iterator over optimizer steps: ``next(loader)`` is the list of this rank's micro-batches.
+
+    Step s holds positions [s * batch_size, (s + 1) * batch_size) of the mixture's order; rank r takes the r-th part of
+    them, cut into ``accumulation`` micro-batches. So the samples of a step do not depend on the number of ranks, and
+    the state is the number of the next step.
+
+    Args:
+        config: data configuration.
+        tokenizer: of the LLM.
+        image: pixels or cached features.
+        seed: of the run.
+        rank, world_size: of the process group.
+        accumulation: micro-batches per step and rank.
+
+    Attributes:
+        dropped: dialogues left out as too long since this process started.
+
+    Raises:
+        DataError: no sources, a split that is not prepared, or sizes that do not divide.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        image: ImageInput,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulation: int = 1,
+    ) -> None:
+        if not config.train:
+            raise DataError("data.train is empty: name at least one prepared split")
+        if config.batch_size % (world_size * accumulation):
+            raise DataError(
+                f"data.batch_size={config.batch_size} does not divide among {world_size} ranks "
+                f"with {accumulation} micro-batches each"
+            )
+        if config.dialogues_per_sample is not None and config.dialogues_per_sample < 1:
+            raise DataError(f"data.dialogues_per_sample={config.dialogues_per_sample}: at least 1, or null for all")
+        self.config = config
+        self.splits = [open_split(config, source.path) for source in config.train]
+        try:
+            self.order = MixtureOrder(
+                [len(split) for split in self.splits], [source.weight for source in config.train], seed
+            )
+        except ValueError as error:
+            raise DataError(f"data.train: {error}") from error
+        text = make_text(config, tokenizer)
+        self._steps = _Steps(self.splits, self.order, text, image, config, seed, rank, world_size, accumulation)
+        self._next = 0
+        self._iterator: Iterator[_Step] | None = None
+        self.dropped = 0
+
+    @property
+    def epoch_size(self) -> int:
+        """Samples of one epoch of the mixture."""
+        return self.order.epoch_size
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything the order of samples depends on but the seed; belongs into checkpoints."""
+        weights = [source.weight for source in self.config.train]
+        fixed = [self.config.batch_size, self.config.dialogues_per_sample]
+        return digest([[split.fingerprint for split in self.splits], weights, fixed])
+
+    def state(self) -> dict[str, int]:
+        """Where to go on: the next step, and its epoch and position for the reader of a checkpoint."""
+        epoch, position = divmod(self._next * self.config.batch_size, self.epoch_size)
+        return {"step": self._next, "epoch": epoch, "position": position}
+
+    def load(self, state: dict[str, int]) -> None:
+        """Go on from ``state()`` of a loader with the same fingerprint and seed, on any number of ranks."""
+        self._next = state["step"]
+        self._iterator = None
+
+    def __iter__(self) -> TrainLoader:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        """Micro-batches of the next step.
+
+        Raises:
+            DataError: an unreadable image, a corrupt shard or a dialogue that is too long or has no target; names shard
+                and sample.
+        """
+        if self._iterator is None:
+            workers = self.config.num_workers
+            self._iterator = iter(
+                DataLoader(
+                    self._steps,
+                    batch_size=None,
+                    sampler=_From(self._next),
+                    num_workers=workers,
+                    prefetch_factor=self.config.prefetch if workers else None,
+                    multiprocessing_context="spawn" if workers else None,
+                    persistent_workers=bool(workers),
+                )
+            )
+        step = next(self._iterator)
+        if step.error is not None:
+            raise DataError(step.error)
+        if step.dropped:
+            if not self.dropped:
+                log.warning("dialogues longer than data.max_length=%s are left out", self.config.max_length)
+            self.dropped += step.dropped
+        self._next += 1
+        return step.batches
+
+
+@dataclass(frozen=True)
+class EvalItem:
+    """One dialogue to evaluate: its sample, its number in the sample, the user's last text and the wanted answer."""
+
+    sample: str
+    dialogue: int
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class EvalBatch:
+    """A batch and, row by row, what it asks; a filler batch (see ``EvalLoader``) has no items."""
+
+    batch: Batch
+    items: list[EvalItem]
+
+
+class EvalLoader:
+    """One pass over a split, in its order: every dialogue exactly once over all ranks.
+
+    All ranks make the same number of steps (ZeRO-3 needs it); a rank that has run out of dialogues gets *filler*
+    batches without items or targets.
+
+    Args:
+        split: what to evaluate on.
+        text: text encoders.
+        image: pixels or cached features.
+        prompts: rows end before the last answer and are padded on the left, for generation; else they are training
+            rows, for a loss.
+        rows: at most this many rows per batch, more only if one sample has more.
+        limit: a fixed random choice of this many dialogues instead of all.
+        images: ``own``; ``shuffled``: every sample gets the images of another one; ``none``.
+        seed: of the choice and of the shuffle.
+        rank, world_size: of the process group.
+
+    Raises:
+        DataError: ``images`` is none of these, or there is nothing to shuffle.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        text: Text,
+        image: ImageInput,
+        prompts: bool = True,
+        rows: int = 64,
+        limit: int | None = None,
+        images: str = "own",
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if images not in ("own", "shuffled", "none"):
+            raise DataError(f"images={images}: choose own, shuffled or none")
+        self.split, self.text, self.image, self.prompts, self.images = split, text, image, prompts, images
+        self._dummy = dummy_image(image)
+        counts = split.index()["dialogues"].astype(np.int64)
+        sample = np.repeat(np.arange(len(split)), counts)
+        dialogue = np.arange(len(sample)) - np.repeat(np.cumsum(counts) - counts, counts)
+        if limit is not None and limit < len(sample):
+            kept = np.sort(Permutation(len(sample), seed, 4)(np.arange(limit)))
+            sample, dialogue = sample[kept], dialogue[kept]
+        self._partner = self._partners(seed) if images == "shuffled" else None
+        self._batches: list[list[tuple[int, list[int]]]] = []
+        free = 0
+        for number in np.unique(sample):
+            chosen = dialogue[sample == number].tolist() if limit is not None else list(range(counts[number]))
+            if not self._batches or len(chosen) > free:
+                self._batches.append([])
+                free = rows
+            self._batches[-1].append((int(number), chosen))
+            free -= len(chosen)
+        self.steps = -(-len(self._batches) // world_size)
+        self._rank, self._world_size = rank, world_size
+        self.dialogues = len(sample)
+
+    def _partners(self, seed: int) -> np.ndarray:
+        """For every sample another one with images: the next in a random cycle over those that have some."""
+        having = np.flatnonzero(self.split.index()["images"])
+        if len(having) < 2:
+            raise DataError(f"{self.split.folder}: images=shuffled needs at least two samples with images")
+        cycle = having[Permutation(len(having), seed, 5)(np.arange(len(having)))]
+        partner = np.arange(len(self.split))
+        partner[cycle] = np.roll(cycle, 1)
+        return partner
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        for step in range(self.steps):
+            number = step * self._world_size + self._rank
+            filler = number >= len(self._batches)
+            yield self._batch(self._batches[0][:1] if filler else self._batches[number], filler)
+
+    def _batch(self, chosen: list[tuple[int, list[int]]], filler: bool) -> EvalBatch:
+        pieces, items = [], []
+        for position, dialogues in chosen:
+            sample = self.split[position]
+            if self._partner is not None:
+                sample.images = self.split[int(self._partner[position])].images
+            elif self.images == "none":
+                sample.images = []
+            where = f"{self.split.shard_of(position)}: sample {sample.id}"
+            if self.prompts:
+                piece = Piece(where, sample.images)
+                for dialogue in (sample.conversations[d] for d in dialogues):
+                    ids = self.text.encoder(dialogue).encode_prompt(dialogue)
+                    piece.rows.append(Encoded(ids, [IGNORE] * len(ids)))
+            else:
+                piece, dropped = encode_sample(self.text, sample, dialogues, where)
+                if dropped:
+                    raise DataError(f"{where}: a dialogue is too long to be evaluated; raise data.max_length")
+            pieces.append(piece)
+            for d in dialogues:
+                user = [turn["content"] for turn in sample.conversations[d] if turn["role"] == "user"]
+                items.append(EvalItem(sample.id, d, user[-1], sample.conversations[d][-1]["content"]))
+        batch = collate(pieces, self.image, self.text.dialogue.pad_id, self._dummy, left=self.prompts)
+        if filler:
+            batch.labels = torch.full_like(batch.labels, IGNORE)
+            items = []
+        return EvalBatch(batch, items)
