@@ -9,6 +9,7 @@ python -m train experiment=vlora_7b check=true        # everything but the train
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import hydra
@@ -19,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from train import config as configuration
 from train import launch, run_dir
 from train.distributed import quiet
-from train.errors import UserError, run_cli
+from train.errors import report_errors, run_cli
 
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
 
@@ -42,7 +43,14 @@ def check_model(config: configuration.RunConfig) -> str:
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
-def _main(composed: DictConfig) -> int:
+def _main(composed: DictConfig) -> None:
+    # Reported here: Hydra would add lines of its own to an exception. Leaving with 0 would end a sweep.
+    if code := report_errors(lambda: run(composed)):
+        sys.exit(code)
+
+
+def run(composed: DictConfig) -> int:
+    """Check one composed configuration and run it."""
     composed = OmegaConf.create(composed)
     OmegaConf.set_struct(composed, False)
     check_only = bool(composed.pop("check", False))
@@ -56,9 +64,8 @@ def _main(composed: DictConfig) -> int:
         return 0
     path = run_dir.create(config)
     print(f"run directory: {path}", flush=True)
-    code = launch.local(config, path)
-    if code:
-        raise UserError(f"the run in {path} failed (exit code {code}); the reason stands above")
+    finished = launch.local(config, path)
+    print(f"{path}: {'finished' if finished else 'stopped on request; the same command goes on from the checkpoint'}")
     return 0
 
 

@@ -191,11 +191,13 @@ class EvaluationConfig:
         batch_size: Questions per forward.
         max_new_tokens: Longest answer.
         max_samples: A fixed random subset of the questions; null: all.
+        val_dialogues: Held-out dialogues for the validation loss at the end of a stage.
     """
 
     batch_size: int = 64
     max_new_tokens: int = 16
     max_samples: int | None = None
+    val_dialogues: int | None = 256
 
 
 @dataclass

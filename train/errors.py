@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
 from collections.abc import Callable
 
 
@@ -12,19 +14,33 @@ class UserError(Exception):
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Run a command's `main` and exit with its code.
+    """Run a command's `main` and exit with its code; see `report_errors`."""
+    sys.exit(report_errors(main))
+
+
+def report_errors(main: Callable[[], int | None]) -> int:
+    """Run `main`; an error that speaks to the user becomes one line on stderr and exit code 2.
 
     A `ValueError` or `OSError` raised by the model or the data also speaks to the user. Set `VLORA_TRACEBACK=1` for
     the traceback. Anything else is a bug and shows its traceback.
     """
     try:
-        code = main()
+        return main() or 0
     except (UserError, ValueError, OSError) as error:
         if os.environ.get("VLORA_TRACEBACK"):
             raise
-        text = " ".join(str(error).split()) or type(error).__name__
-        print(f"error: {text}", file=sys.stderr, flush=True)
-        code = 2
+        _report(" ".join(str(error).split()) or type(error).__name__)
+        return 2
     except KeyboardInterrupt:
-        code = 130
-    sys.exit(code)
+        return 130
+
+
+def _report(text: str) -> None:
+    """Tell the user once: through torch's launcher, if it started this process as one of several, else directly."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # The launcher reads "message" itself and shows ours (`train.launch`).
+        record = {"user_error": text, "message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with open(file, "w") as stream:
+            json.dump(record, stream)
+    else:
+        print(f"error: {text}", file=sys.stderr, flush=True)

@@ -15,8 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from deepspeed.utils import safe_get_full_fp32_param
-from deepspeed.zero import GatheredParameters
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase

@@ -3,55 +3,64 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig as ElasticConfig
+from torch.distributed.launcher.api import elastic_launch
 
 from train.config import RunConfig
 from train.errors import UserError
 
+_CODE = Path(__file__).resolve().parents[1]
 
-def local(config: RunConfig, run_dir: Path) -> int:
+
+def local(config: RunConfig, run_dir: Path) -> bool:
     """Run the stage with `launch.workers` processes and wait for it.
 
     Returns:
-        Exit code: 0 when the stage finished or stopped cleanly on request.
+        Whether the stage is finished; False after a clean stop on request.
+
+    Raises:
+        UserError: a worker failed; carries its message.
     """
     workers = worker_count(config)
     threads = config.launch.threads_per_worker or max(1, (os.cpu_count() or 1) // workers)
-    environment = os.environ | {
+    os.environ |= {
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
-        # Our package is found from any working directory.
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])),
+        # Our packages are found from any working directory.
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(_CODE), os.environ.get("PYTHONPATH")])),
     }
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run"),
-        *("--standalone", f"--nproc-per-node={workers}", "--max-restarts=0"),
-        # Without these torchrun dies of SIGUSR1 and orphans its workers, and kills a worker that saves for over 30 s.
-        *("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout=600"),
-        *("-m", "train.worker", str(run_dir)),
-    ]
-    (run_dir / "STOP").unlink(missing_ok=True)
-    (run_dir / "STOPPED").unlink(missing_ok=True)
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
-
-    def forward(number: int, frame: object) -> None:
-        process.send_signal(number)
-
-    previous = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    for marker in ("STOP", "STOPPED"):
+        (run_dir / marker).unlink(missing_ok=True)
+    elastic = ElasticConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=workers,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=run_dir.name,
+        max_restarts=0,
+        # Without these two the agent dies of SIGUSR1 and orphans its workers, and kills one that saves for over 30 s.
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        shutdown_timeout=600,
+    )
     try:
-        code = process.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    if (run_dir / "STOPPED").exists():
-        return 0  # torchrun reports 1 after any signal, a clean stop included
-    return code
+        elastic_launch(elastic, sys.executable)("-m", "train.worker", str(run_dir))
+    except SignalException as error:  # raised after any signal, a clean stop included
+        if not (run_dir / "STOPPED").exists():
+            raise UserError(f"{run_dir} was stopped by {error.sigval.name} without a new checkpoint") from error
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        known = failure.error_file_data.get("user_error") if isinstance(failure.error_file_data, dict) else None
+        detail = known or f"rank {rank} ended with exit code {failure.exitcode}; its output stands above"
+        raise UserError(detail if known else f"the run in {run_dir} failed: {detail}") from error
+    return (run_dir / "DONE").exists()
 
 
 def worker_count(config: RunConfig) -> int:

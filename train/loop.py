@@ -17,8 +17,9 @@ from model.weights import PerceptualWeights
 from train import checkpoint, distributed
 from train.checkpoint import Progress
 from train.config import RunConfig
-from train.data import TrainLoader
+from train.data import EvalLoader, TrainLoader
 from train.engine import Engine
+from train.errors import UserError
 from train.flops import FlopCounter, peak_flops
 from train.signals import StopRequest
 from train.timing import StepTimer
@@ -114,6 +115,8 @@ class Loop:
             sum(int(b.image_weight.sum()) for b in batches),
         ]
         targets, tokens, padded, rows, images = (int(n) for n in distributed.reduce(counts, device))
+        if targets == 0:
+            raise UserError(f"step {self.progress.step + 1} has no target token on any rank; look at data.on_too_long")
         lr = engine.learning_rates()
         loss_sum, output = 0.0, None
         for batch in batches:
@@ -173,6 +176,21 @@ class Loop:
         if self.on_samples is not None and samples_every and progress.step % samples_every == 0:
             self.on_samples(progress.step)
         return record
+
+    @torch.no_grad()
+    def validate(self, loader: EvalLoader) -> float:
+        """Mean loss per target over a held-out split; also logged. Collective."""
+        model, device = self.engine.model, self.engine.device
+        model.eval()
+        loss = targets = 0.0
+        for evaluation in loader:
+            output = self.engine.forward(evaluation.batch.to(device))
+            loss, targets = loss + output.loss_sum.item(), targets + output.n_targets
+        model.train()
+        loss, targets = distributed.reduce([loss, targets], device)
+        if self.tracker is not None:
+            self.tracker.log(self.progress.step, {"val_loss": loss / targets})
+        return loss / targets
 
     def _weight_records(self, weights: PerceptualWeights) -> dict[str, float]:
         """Image share of A and |dW| / |W| per site."""

@@ -60,7 +60,7 @@ class Tracker:
         self._stream.close()
         if self._wandb is not None:
             self._wandb.summary.update(summary or {})
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,213 @@
+"""One stage on one rank: puts model, data, engine, checkpoints and tracking together and runs the loop."""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.integrations import HfDeepSpeedConfig
+
+from model.connectors import FeatureNorm
+from model.loading import fingerprint
+from model.vision import build_vision
+from model.vlm import VisionLanguageModel, build_model
+from model.weights import base_norms
+from train import checkpoint, distributed, samples
+from train.checkpoint import Progress
+from train.config import RunConfig, accumulation
+from train.data import EvalLoader, TrainLoader, ensure_feature_cache, load_preprocessor, make_text, open_split
+from train.data.collate import ImageInput
+from train.engine import DTYPES, Engine, deepspeed_config, freeze
+from train.errors import UserError
+from train.export import export, exported_llm, load_connector
+from train.flops import FlopCounter
+from train.loop import Loop
+from train.run_dir import read_record
+from train.signals import StopRequest
+from train.summary import describe, parameter_counts
+from train.tracking import Tracker
+
+
+def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: StopRequest) -> bool:
+    """Run (or go on with) the stage of a run directory. Collective.
+
+    Returns:
+        True when the stage is finished and exported, False when it stopped on request with a checkpoint.
+
+    Raises:
+        ValueError, UserError: anything the user can put right.
+    """
+    if (run_dir / "DONE").exists():
+        return True
+    rank, world = distributed.rank(), distributed.world_size()
+    micro_steps = accumulation(config, world)
+    _seed(config)
+
+    tokenizer = AutoTokenizer.from_pretrained(config.llm.path)
+    identity = {"llm": fingerprint(config.llm.path), "vision": fingerprint(config.vision.path)}
+    pixels = load_preprocessor(config.vision.path, config.vision.image_mode, config.vision.image_size)
+    image: ImageInput = pixels
+    vision = None
+    if config.vision.cache:
+        vision = build_vision(config.vision, torch.float32)
+        image = _feature_cache(config, vision, pixels, identity, device)
+        vision.encoder = None  # its sizes are still needed, its weights are not
+        gc.collect()
+    loader = TrainLoader(config.data, tokenizer, image, config.seed, rank, world, micro_steps)
+    identity["data"] = loader.fingerprint
+    total_steps = config.stage.steps or max(1, round(config.stage.epochs * loader.epoch_size / config.data.batch_size))
+
+    model = _build(config, world, micro_steps, vision)
+    if config.init_from is not None:
+        load_connector(model.connector, Path(config.init_from), config.model, identity)
+    freeze(model, config.stage)
+    norms = base_norms(model.llm, model.placement, lambda w: GatheredParameters([w])) if model.placement else {}
+    flops = FlopCounter(model, features_cached=config.vision.cache)
+    table, counts = describe(model), parameter_counts(model)
+    engine = Engine(model, config, total_steps, micro_steps)
+    if model.connector.norm is not None and not model.connector.norm.measured:
+        _measure_features(engine, loader, image)
+
+    progress = Progress()
+    if (found := checkpoint.find(run_dir)) is not None:
+        progress = checkpoint.load(engine, found, identity)
+        loader.load(progress.loader)
+    facts = {
+        "world_size": world,
+        "zero_stage": engine.zero_stage,
+        "total_steps": total_steps,
+        "accumulation": micro_steps,
+        "vision_features_cached": config.vision.cache,
+        "parameters": counts,
+        "identity": identity,
+    }
+    tracker = None
+    if rank == 0:
+        print(table)
+        print(
+            f"{config.stage.name}: {total_steps} steps of {config.data.batch_size} samples, world size {world}, "
+            f"ZeRO stage {engine.zero_stage}, {config.engine.precision}, {micro_steps} micro-steps"
+            + (f", resumed at step {progress.step} from {found}" if found else ""),
+            flush=True,
+        )
+        (run_dir / "facts.json").write_text(json.dumps(facts, indent=1))
+        tracker = Tracker(config, run_dir, read_record(run_dir), progress.step, facts)
+
+    def show_samples(step: int) -> None:
+        rows = samples.predict(engine, _validation(config, tokenizer, image, prompts=True), tokenizer, config)
+        if tracker is not None:
+            samples.write(run_dir, step, rows, tracker)
+
+    loop = Loop(
+        engine, loader, config, run_dir, identity, progress, total_steps, stop, tracker, flops, norms,
+        on_samples=show_samples if config.data.val else None,
+    )  # fmt: skip
+    summary: dict[str, Any] = {}
+    try:
+        finished = loop.run()
+        summary |= asdict(progress)
+        if finished:
+            if config.data.val:
+                show_samples(total_steps)
+                summary["val_loss"] = loop.validate(_validation(config, tokenizer, image, prompts=False))
+            export(engine, run_dir, tokenizer, config.model, identity)
+    finally:
+        if tracker is not None:
+            tracker.finish(summary)
+    return finished
+
+
+def _seed(config: RunConfig) -> None:
+    """The same on every rank: parameters are made everywhere and rank 0's win."""
+    random.seed(config.seed)
+    torch.manual_seed(config.seed)
+    if config.engine.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+
+
+def _build(config: RunConfig, world: int, micro_steps: int, vision: torch.nn.Module | None) -> VisionLanguageModel:
+    """The model, its pretrained parts partitioned while they are read (ZeRO-3): no rank ever holds all of them."""
+    llm_path = config.llm.path
+    if config.init_from is not None and (llm := exported_llm(Path(config.init_from))) is not None:
+        llm_path = str(llm)
+    # transformers asks this object (by weak reference) whether to partition while loading.
+    keep = HfDeepSpeedConfig(deepspeed_config(config, world, micro_steps))
+    model = build_model(config.model, DTYPES[config.engine.precision], llm_path=llm_path, vision=vision)
+    del keep
+    return model
+
+
+def _feature_cache(
+    config: RunConfig, vision: torch.nn.Module, pixels: Any, identity: dict[str, str], device: torch.device
+) -> ImageInput:
+    paths = [source.path for source in config.data.train] + ([config.data.val] if config.data.val else [])
+    vision.requires_grad_(False)
+    vision.to(device).eval()
+
+    def encode(batch: torch.Tensor) -> torch.Tensor:
+        return vision(batch.to(device)).cpu()
+
+    read = config.vision
+    return ensure_feature_cache(
+        Path(config.cache_dir) / "features",
+        [open_split(config.data, path) for path in dict.fromkeys(paths)],
+        pixels,
+        encode,
+        f"{identity['vision']}/{read.layer}/{read.final_norm}/{read.keep_cls}",
+        dtype="float32" if config.engine.precision == "fp32" else "bfloat16",
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        barrier=distributed.barrier,
+    )
+
+
+def _measure_features(engine: Engine, loader: TrainLoader, image: ImageInput, images: int = 1024) -> None:
+    """Fill the connector's `FeatureNorm` with mean and deviation over training images. Collective.
+
+    Takes samples spread evenly over the first source; every rank encodes the same number of them.
+    """
+    norm: FeatureNorm = engine.model.connector.norm
+    rank, world = distributed.rank(), distributed.world_size()
+    split = loader.splits[0]
+    count = min(images, len(split)) // world * world
+    total = torch.zeros(2, len(norm.mean), dtype=torch.float64)
+    seen = 0
+    for index in range(rank, count, world):
+        sample = split[index * len(split) // count]
+        # A text-only sample still runs the encoder: ZeRO-3 needs every rank in step.
+        pixels = image(sample.images[0]) if sample.images else torch.zeros(3, 1, 1)
+        with torch.no_grad():
+            features = engine.model.encode(pixels[None].to(engine.device)) if sample.images else None
+        if features is not None:
+            flat = features.double().flatten(0, 1).cpu()
+            total += torch.stack([flat.sum(0), flat.square().sum(0)])
+            seen += len(flat)
+    flat_total = distributed.reduce([*total.flatten().tolist(), float(seen)], engine.device)
+    seen = flat_total.pop()
+    if not seen:
+        raise UserError(f"{split.folder}: no sample with an image to measure feature statistics on")
+    mean, square = (torch.tensor(flat_total, dtype=torch.float64) / seen).view(2, -1)
+    norm.set(mean.float(), (square - mean.square()).clamp_min(0).sqrt().float())
+
+
+def _validation(config: RunConfig, tokenizer: PreTrainedTokenizerBase, image: ImageInput, prompts: bool) -> EvalLoader:
+    """Prompts for the sample table (the same on all ranks) or rows for the validation loss (shared among ranks)."""
+    rank, world = (0, 1) if prompts else (distributed.rank(), distributed.world_size())
+    return EvalLoader(
+        open_split(config.data, config.data.val),
+        make_text(config.data, tokenizer),
+        image,
+        prompts=prompts,
+        rows=config.tracking.num_samples if prompts else config.evaluation.batch_size,
+        limit=config.tracking.num_samples if prompts else config.evaluation.val_dialogues,
+        seed=config.seed,
+        rank=rank,
+        world_size=world,
+    )
