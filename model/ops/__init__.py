@@ -2,7 +2,7 @@
 
 from model.ops.backend import BACKENDS, set_backend
 from model.ops.lowrank import lowrank_delta, lowrank_linear, lowrank_linear_group
-from model.ops.merge import MERGEABLE, Merged, Placed, merge_, merge_shard, restore_
+from model.ops.merge import MERGEABLE, Merged, MergeError, Placed, merge_, merge_errors, merge_shard, restore_
 from model.ops.perceptual import split_perceptual
 from model.ops.rows import NO_SAMPLE, Rows
 
@@ -10,6 +10,7 @@ __all__ = [
     "BACKENDS",
     "MERGEABLE",
     "NO_SAMPLE",
+    "MergeError",
     "Merged",
     "Placed",
     "Rows",
@@ -17,6 +18,7 @@ __all__ = [
     "lowrank_linear",
     "lowrank_linear_group",
     "merge_",
+    "merge_errors",
     "merge_shard",
     "restore_",
     "set_backend",

@@ -143,7 +143,8 @@ def _check(x: Tensor, weights: list[Tensor], biases: list[Tensor], a: list[Tenso
             raise ValueError(f"weight must be {(b_g.shape[1], d_in)} to fit b and x, got {tuple(weights[g].shape)}")
         if biases and biases[g].shape != (b_g.shape[1],):
             raise ValueError(f"bias must be {(b_g.shape[1],)}, got {tuple(biases[g].shape)}")
-    if not torch.is_autocast_enabled(x.device.type):
+    device = x.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         dtypes = {t.dtype for t in (x, *weights, *biases, *a, *b)}
         if len(dtypes) != 1:
             raise ValueError(

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.ops.backend import backend_for
+
 MERGEABLE = ("q", "k", "v", "o", "gate", "up", "down")
 """Types whose update is a change of one weight matrix."""
 
@@ -61,8 +63,8 @@ def merge_(placed: Iterable[Placed], scale: float) -> Merged:
     placed = list(placed)
     _check(placed)
     merged = Merged([p.weight for p in placed], [p.weight.data for p in placed])
-    for p in placed:
-        p.weight.data = merged_weight(p.weight.data, p.a, p.b, scale)
+    for p, total in zip(placed, merged_weights(merged.pristine, placed, scale), strict=True):
+        p.weight.data = total
     return merged
 
 
@@ -70,6 +72,55 @@ def restore_(merged: Merged) -> None:
     """Point the weights back at their pristine storage: bit-identical, whatever was merged in between."""
     for weight, pristine in zip(merged.weights, merged.pristine, strict=True):
         weight.data = pristine
+
+
+@torch.no_grad()
+def merged_weights(pristine: Sequence[Tensor], placed: Sequence[Placed], scale: float) -> list[Tensor]:
+    """``W + scale * (A B)ᵀ`` of every projection as new tensors; one kernel launch for all of them on CUDA.
+
+    ``pristine``: the W to start from, [d_out, d_in] each, contiguous.
+    """
+    one_launch = (
+        placed
+        and backend_for(pristine[0].device) in ("hybrid", "fused")
+        and len({(w.dtype, w.device, p.a.shape[1]) for w, p in zip(pristine, placed, strict=True)}) == 1
+        and pristine[0].dtype != torch.float64
+    )
+    if not one_launch:
+        return [merged_weight(w, p.a, p.b, scale) for w, p in zip(pristine, placed, strict=True)]
+    from model.ops import triton_kernels
+
+    targets = [torch.empty_like(w) for w in pristine]
+    triton_kernels.merge(pristine, targets, [p.a for p in placed], [p.b for p in placed], scale)
+    return targets
+
+
+@dataclass(frozen=True)
+class MergeError:
+    """What rounding to the weight's dtype costs one merged update.
+
+    Attributes:
+        kind: type of the projection.
+        size: ``|dW| / |W|``, Frobenius norms.
+        error: ``|stored update - dW| / |dW|``. About 1.7e-3 / size in bf16: small updates drown.
+    """
+
+    kind: str
+    size: float
+    error: float
+
+
+@torch.no_grad()
+def merge_errors(merged: Merged, placed: Sequence[Placed], scale: float) -> list[MergeError]:
+    """The error of each merged weight, in the order of ``placed`` (as given to ``merge_``)."""
+    errors = []
+    for weight, pristine, p in zip(merged.weights, merged.pristine, placed, strict=True):
+        update = (scale * (p.a.double() @ p.b.double())).t()
+        stored = weight.double() - pristine.double()
+        norm = update.norm()
+        error = ((stored - update).norm() / norm).item() if norm > 0 else 0.0
+        errors.append(MergeError(p.kind, (norm / pristine.double().norm()).item(), error))
+    return errors
 
 
 @torch.no_grad()
