@@ -97,8 +97,8 @@ class Stack(nn.Module):
         widths = sorted({group[0].d_in for group in groups})
         self.heads = nn.ModuleDict({str(d): Head(config.width, d * config.rank) for d in widths})
 
-    def forward(self, keys: Tensor, image_to_sample: Tensor, weight: Tensor, n_samples: int) -> dict[Site, Tensor]:
-        """keys [I, P, g] -> {site: A [S, d_in, r]}."""
+    def forward(self, keys: Tensor, image_to_sample: Tensor, weight: Tensor, n_samples: int) -> tuple[Tensor, ...]:
+        """keys [I, P, g] -> A [S, d_in, r] of every site of `groups`, in order."""
         hidden = self.queries.expand(keys.shape[0], -1, -1)
         for block in self.blocks:
             hidden = block(hidden, keys)
@@ -115,7 +115,8 @@ class Stack(nn.Module):
             sites = [site for i in chosen for site in self.groups[i]]
             out = out.view(n_samples, len(sites), -1, self.rank)
             factors.update(zip(sites, split_perceptual(out), strict=True))
-        return factors
+        # A plain tuple: ZeRO-3 looks for tensors in a module's output to know when its backward begins.
+        return tuple(factors[site] for group in self.groups for site in group)
 
 
 class PerceptualWeightsGenerator(nn.Module):
@@ -186,7 +187,8 @@ class PerceptualWeightsGenerator(nn.Module):
         keys = self.keys(features)
         a: dict[Site, Tensor] = {}
         for stack in self.stacks:
-            a.update(stack(keys, image_to_sample, image_weight, n_samples))
+            sites = [site for group in stack.groups for site in group]
+            a.update(zip(sites, stack(keys, image_to_sample, image_weight, n_samples), strict=True))
         b: dict[Site, Tensor] = {}
         for weight_type, factors in self.output_factors.items():
             b.update(zip(self.placement.of_type(weight_type), factors(), strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class VisionLanguageModel(nn.Module):
     """
 
     def __init__(
-        self, vision: VisionEncoder, connector: Connector, llm: PreTrainedModel, placement: Placement | None
+        self, vision: VisionEncoder | None, connector: Connector, llm: PreTrainedModel, placement: Placement | None
     ) -> None:
         super().__init__()
         self.vision, self.connector, self.llm = vision, connector, llm
@@ -62,13 +62,8 @@ class VisionLanguageModel(nn.Module):
         """Summed loss over the batch's targets.
 
         Only supervised positions are projected to the vocabulary: captions and answers are short, the vocabulary is
-        not.
-
-        Raises:
-            ValueError: no target in the batch; averaging over none would be a NaN in every weight.
+        not. A rank whose rows were all dropped runs the same modules for a loss of zero.
         """
-        if batch.n_targets == 0:
-            raise ValueError("batch without a supervised token: every row's labels are masked")
         conditioning = self.condition(batch)
         inputs, offset = self._llm_inputs(batch, conditioning)
         hidden = self.llm.get_decoder()(**inputs, use_cache=False).last_hidden_state[:, offset:]
@@ -126,7 +121,11 @@ def _positions(mask: Tensor) -> Tensor:
 
 
 def build_model(
-    config: ModelConfig, dtype: torch.dtype = torch.float32, meta: bool = False, llm: PreTrainedModel | None = None
+    config: ModelConfig,
+    dtype: torch.dtype = torch.float32,
+    meta: bool = False,
+    llm_path: str | None = None,
+    vision: VisionEncoder | None = None,
 ) -> VisionLanguageModel:
     """Load the pretrained parts and put a fresh connector between them.
 
@@ -134,18 +133,19 @@ def build_model(
         config: What to build.
         dtype: Of vision encoder and LLM; the connector is made in fp32.
         meta: Shapes only, nothing is read or allocated.
-        llm: A language model already loaded (a finetuned one), in place of `config.llm.path`.
+        llm_path: Folder of a finetuned version of the LLM, read in place of `config.llm.path`.
+        vision: An encoder whose features are cached: gives the sizes and does not become part of the model.
 
     Raises:
         ValueError: anything in `config` that does not fit the parts (a `ModelError` where it concerns a path).
     """
-    if llm is None:
-        llm = build_llm(config.llm, dtype, meta)
-    vision = build_vision(config.vision, dtype, meta)
+    llm = build_llm(config.llm if llm_path is None else replace(config.llm, path=llm_path), dtype, meta)
+    encoder = build_vision(config.vision, dtype, meta) if vision is None else None
+    sizes = vision or encoder
     placement = place(llm, config.generator) if config.connector.name == "vlora" else None
     hidden_size = llm.config.get_text_config().hidden_size
     with torch.device("meta" if meta else "cpu"):
-        connector = build_connector(config, placement, vision.num_patches, vision.feature_width, hidden_size)
+        connector = build_connector(config, placement, sizes.num_patches, sizes.feature_width, hidden_size)
     if placement is not None:
         inject(llm, placement)
-    return VisionLanguageModel(vision, connector, llm, placement)
+    return VisionLanguageModel(encoder, connector, llm, placement)
