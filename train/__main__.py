@@ -3,6 +3,7 @@
 python -m train stage=pretrain
 python -m train stage=finetune init_from=outputs/RUN
 python -m train -m generator.rank=16,32,64 generator.num_blocks=4,8
+python -m train -m hydra/launcher=slurm generator.rank=16,32,64      # one job array instead
 python -m train experiment=vlora_7b check=true        # everything but the training
 """
 
@@ -18,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from train import config as configuration
-from train import launch, run_dir
+from train import launch, run_dir, sweep
 from train.distributed import quiet
 from train.errors import report_errors, run_cli
 
@@ -45,7 +46,7 @@ def check_model(config: configuration.RunConfig) -> str:
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
 def _main(composed: DictConfig) -> None:
     # Reported here: Hydra would add lines of its own to an exception. Leaving with 0 would end a sweep.
-    if code := report_errors(lambda: run(composed)):
+    if code := report_errors(lambda: run(sweep.enter(composed))):
         sys.exit(code)
 
 
@@ -64,6 +65,8 @@ def run(composed: DictConfig) -> int:
         return 0
     path = run_dir.create(config)
     print(f"run directory: {path}", flush=True)
+    if config.launch.mode == "none":
+        return 0
     finished = launch.local(config, path)
     print(f"{path}: {'finished' if finished else 'stopped on request; the same command goes on from the checkpoint'}")
     return 0
@@ -72,6 +75,7 @@ def run(composed: DictConfig) -> int:
 def main() -> int:
     """Run Hydra's program with its errors turned into ours."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raises, where Hydra would print a shortened traceback
+    sweep.register_launcher()
     try:
         _main()
     except (HydraException, OmegaConfBaseException) as error:

@@ -133,13 +133,16 @@ class EngineConfig:
 
 @dataclass
 class LaunchConfig:
-    """Processes on this machine (on a cluster SLURM starts them, see `slurm/`).
+    """Processes of a run.
 
     Attributes:
+        mode: `local`: start them on this machine; `none`: only prepare the run directory (on a cluster SLURM starts
+            them, see `slurm/`).
         workers: Processes; null: one per GPU, or one without a GPU.
         threads_per_worker: CPU threads of each; null: cores divided by workers.
     """
 
+    mode: str = "local"
     workers: int | None = None
     threads_per_worker: int | None = None
 
@@ -304,6 +307,7 @@ def validate(config: RunConfig) -> None:
     one_of("optim.name", optim.name, OPTIMIZERS)
     one_of("optim.schedule", optim.schedule, ("cosine", "constant"))
     one_of("tracking.wandb", config.tracking.wandb, ("online", "offline", "disabled"))
+    one_of("launch.mode", config.launch.mode, ("local", "none"))
     one_of("connector.name", config.connector.name, ("vlora", "mlp", "qformer"))
     one_of("generator.init", generator.init, ("paper", "stable"))
     check(engine.zero_stage in (0, 1, 2, 3), f"engine.zero_stage={engine.zero_stage}: choose 0, 1, 2 or 3")

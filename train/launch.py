@@ -71,6 +71,6 @@ def worker_count(config: RunConfig) -> int:
     """
     gpus = torch.cuda.device_count()
     workers = config.launch.workers or max(1, gpus)
-    if gpus and workers > gpus:
+    if config.launch.mode == "local" and gpus and workers > gpus:
         raise UserError(f"launch.workers={workers}, but this machine has {gpus} GPUs; one process per GPU")
     return workers

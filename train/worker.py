@@ -6,6 +6,7 @@ requeue: it goes on from the newest complete checkpoint in RUN_DIR. A finished r
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -18,7 +19,8 @@ def main() -> int:
         print("usage: python -m train.worker RUN_DIR", file=sys.stderr)
         return 2
     path = Path(sys.argv[1])
-    stop = StopRequest(path)
+    # A cluster kills what still runs at the end of its grace time; slurm/site.sh says how long that is.
+    stop = StopRequest(path, float(os.environ.get("VLORA_GRACE_SECONDS", "600")))
     stop.install()  # before the imports below, which take seconds
 
     from train import distributed
