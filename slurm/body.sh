@@ -163,7 +163,7 @@ preflight() {
 # Sets RUN_DIR: composes the configuration, on the job's first start only. What a requeued job runs must not depend on
 # what has happened to conf/ since.
 compose() {
-    local stage=$1 record=$VLORA_ROOT/slurm/logs/$JOB.run_dir output
+    local stage=$1 record=${VLORA_LOGS:-$VLORA_ROOT/slurm/logs}/$JOB.run_dir output
     shift
     if [ "$RESTARTS" -gt 0 ] && [ -s "$record" ]; then
         RUN_DIR=$(cat "$record")

@@ -1,0 +1,234 @@
+"""What can be known without training: headers, quoting, decisions of the batch shell, sweeps, the chain."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, wait
+from tests.slurm.conftest import ROOT
+
+SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
+
+
+@pytest.mark.parametrize(
+    "script", [*SCRIPTS, ROOT / "slurm/body.sh", ROOT / "slurm/site.example.sh"], ids=lambda p: p.name
+)
+def test_shell_syntax(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    if shutil.which("shellcheck"):
+        command = ["shellcheck", "--external-sources", "--shell=bash", "--exclude=SC1091", str(script)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_headers_fit_production_nodes(cluster: Cluster, script: Path) -> None:
+    cluster.run("sbatch", "--test-only", str(script), cwd=ROOT)
+
+
+def test_bad_profiles_are_refused(cluster: Cluster) -> None:
+    script = str(ROOT / "slurm/pretrain.sbatch")
+    cluster.run("sbatch", "--test-only", "--nodes=2", script, cwd=ROOT)
+    for wrong in (
+        {"SBATCH_PARTITION": "nowhere"},
+        {"SBATCH_CONSTRAINT": "h100"},
+        {"SBATCH_GPUS_PER_NODE": "9"},
+        {"SBATCH_TIMELIMIT": "soon"},
+    ):
+        with pytest.raises(RuntimeError):
+            cluster.run("sbatch", "--test-only", script, cwd=ROOT, **wrong)
+
+
+def test_example_profile_is_accepted(cluster: Cluster, tmp_path: Path) -> None:
+    """With its commented options filled in for this cluster."""
+    text = (ROOT / "slurm/site.example.sh").read_text()
+    text = text.replace("#export SBATCH_PARTITION=gpu", "export SBATCH_PARTITION=gpu,urgent")
+    text = text.replace("#export SBATCH_CONSTRAINT=a100", "export SBATCH_CONSTRAINT=a100")
+    (tmp_path / "site.sh").write_text(text)
+    command = 'source "$1"; sbatch --test-only slurm/pretrain.sbatch'
+    cluster.run("bash", "-c", command, "_", str(tmp_path / "site.sh"), cwd=ROOT)
+
+
+@pytest.fixture
+def fake_python(tmp_path: Path) -> Path:
+    """Stands where Python would: writes down its arguments and plays a front end, a preflight or a worker.
+
+    What a worker does comes from the file `script` beside it, one line per lifetime.
+    """
+    program = tmp_path / "python"
+    program.write_text(
+        f"""#!{sys.executable}
+import os, sys, time
+from pathlib import Path
+here = Path({str(tmp_path)!r})
+module, *arguments = sys.argv[2:]
+if os.environ.get("SLURM_PROCID", "0") == "0":
+    with (here / "calls").open("a") as stream:
+        stream.write(repr([module, os.environ["MASTER_ADDR"], *arguments]) + "\\n")
+if module == "train":
+    run = here / "run"
+    run.mkdir(exist_ok=True)
+    print(f"run directory: {{run}}")
+elif module == "train.worker":
+    time.sleep(0.3)
+    run = Path(arguments[0])
+    plan = (here / "plan").read_text().splitlines()
+    action = plan[min(int(os.environ.get("SLURM_RESTART_COUNT", "0")), len(plan) - 1)].split()
+    if os.environ["SLURM_PROCID"] == "0":
+        for word in action[1:]:
+            name, _, text = word.partition("=")
+            (run / name).write_text((text or "x").replace("_", " ") + "\\n")
+    sys.exit(int(action[0]))
+"""
+    )
+    program.chmod(0o755)
+    (tmp_path / "site.sh").write_text(
+        f"export VLORA_PYTHON={program} VLORA_LOGS={tmp_path} VLORA_CACHE= VLORA_SCRATCH=\n"
+    )
+    return tmp_path
+
+
+def submit(cluster: Cluster, folder: Path, *arguments: str, script: str = "pretrain.sbatch", **variables: str) -> str:
+    options = (
+        *("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", "--gpus-per-node=0", "--mem=1G", "--time=5"),
+        f"--output={folder}/%j.log",
+    )
+    command = ("sbatch", "--parsable", *options, str(ROOT / "slurm" / script), *arguments)
+    return cluster.run(*command, cwd=ROOT, VLORA_SITE=str(folder / "site.sh"), **variables)
+
+
+def calls(folder: Path, module: str) -> list[list[str]]:
+    lines = (folder / "calls").read_text().splitlines() if (folder / "calls").exists() else []
+    return [c for c in map(eval, lines) if c[0] == module]
+
+
+def test_overrides_arrive_literally(cluster: Cluster, fake_python: Path) -> None:
+    (fake_python / "plan").write_text("0 DONE")
+    odd = [
+        "a=two words",
+        "b='single' \"double\"",
+        f"c=$(touch {fake_python}/ran)",
+        "d=`id`;$HOME",
+        "e=*",
+        "",
+        "f=new\nline",
+    ]
+    job = submit(cluster, fake_python, *odd)
+    assert cluster.finish(job, 60) == "COMPLETED"
+    (call,) = calls(fake_python, "train")
+    assert call[-len(odd) :] == odd
+    assert "launch.workers=4" in call and "stage=pretrain" in call
+    assert not (fake_python / "ran").exists()
+
+
+def test_first_host_is_the_master_of_both_steps(cluster: Cluster, fake_python: Path) -> None:
+    (fake_python / "plan").write_text("0 DONE")
+    job = submit(cluster, fake_python)
+    cluster.finish(job, 60)
+    assert {
+        call[1] for module in ("train", "train.preflight", "train.worker") for call in calls(fake_python, module)
+    } == {"n1"}
+
+
+def test_stopped_is_requeued_and_composes_once(cluster: Cluster, fake_python: Path) -> None:
+    (fake_python / "plan").write_text("0 STOPPED=SIGUSR1\n0 DONE")
+    job = submit(cluster, fake_python)
+    assert cluster.finish(job, 90) == "COMPLETED"
+    assert cluster.show(job)["Restarts"] == "1"
+    assert len(calls(fake_python, "train")) == 1 and len(calls(fake_python, "train.worker")) == 2
+
+
+def test_user_error_is_not_requeued(cluster: Cluster, fake_python: Path) -> None:
+    (fake_python / "plan").write_text("2")
+    job = submit(cluster, fake_python)
+    assert cluster.finish(job, 90) == "FAILED"
+    assert cluster.show(job)["Restarts"] == "0"
+    assert "restart does not cure" in (fake_python / "run/FAILED").read_text()
+
+
+def test_crash_at_one_step_ends_crashes_further_on_do_not(cluster: Cluster, fake_python: Path) -> None:
+    plan = ['1 metrics.jsonl={"step":_5}', '1 metrics.jsonl={"step":_9}', '1 metrics.jsonl={"step":_9}']
+    (fake_python / "plan").write_text("\n".join(plan))
+    job = submit(cluster, fake_python)
+    assert cluster.finish(job, 120) == "FAILED"
+    assert cluster.show(job)["Restarts"] == "2"
+    assert "no further than the crash before (step 9)" in (fake_python / "run/FAILED").read_text()
+    steps = [line.split()[0] for line in (fake_python / "run/crashes").read_text().splitlines()]
+    assert steps == ["5", "9", "9"]
+
+
+def test_requeue_limit(cluster: Cluster, fake_python: Path) -> None:
+    (fake_python / "plan").write_text("0 STOPPED=SIGUSR1")
+    job = submit(cluster, fake_python, VLORA_MAX_REQUEUES="1")
+    assert cluster.finish(job, 90) == "FAILED"
+    assert cluster.show(job)["Restarts"] == "1"
+
+
+def test_only_the_stopped_element_of_an_array_is_requeued(cluster: Cluster, fake_python: Path) -> None:
+    """The last element, whose SLURM_JOB_ID is the array's."""
+    sweep = fake_python / "sweep"
+    for i in range(3):
+        (sweep / str(i)).mkdir(parents=True)
+    (fake_python / "plan").write_text("0 DONE")
+    stopping = fake_python / "python"
+    text = stopping.read_text().replace(
+        "    action =", '    plan = ["0 STOPPED=x", "0 DONE"] if run.name == "2" else plan\n    action ='
+    )
+    stopping.write_text(text)
+    options = ("--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "--mem=1G", "--time=5")
+    command = (
+        *("sbatch", "--parsable", *options, "--array=0-2", f"--output={fake_python}/%a.log"),
+        *(str(ROOT / "slurm/pretrain.sbatch"), "--sweep", str(sweep)),
+    )
+    job = cluster.run(*command, cwd=ROOT, VLORA_SITE=str(fake_python / "site.sh"))
+    assert cluster.finish(job, 120) == "COMPLETED"
+    restarts = [cluster.show(f"{job}_{i}")["Restarts"] for i in range(3)]
+    assert restarts == ["0", "0", "1"]
+    assert all((sweep / str(i) / "DONE").exists() for i in range(3))
+
+
+def test_array_of_data_preparation(cluster: Cluster, fake_python: Path) -> None:
+    options = ("--array=0-1", "--cpus-per-task=1", "--mem=1G", f"--output={fake_python}/%a.log")
+    script = str(ROOT / "slurm/data_prep.sbatch")
+    job = cluster.run(
+        *("sbatch", "--parsable", *options, script, "source=easy_vqa"),
+        cwd=ROOT,
+        VLORA_SITE=str(fake_python / "site.sh"),
+    )
+    assert cluster.finish(job, 60) == "COMPLETED"
+    assert sorted(call[3] for call in calls(fake_python, "data_prep")) == ["task=0/2", "task=1/2"]
+
+
+def test_submitted_from_elsewhere_says_so(cluster: Cluster, tmp_path: Path) -> None:
+    script = str(ROOT / "slurm/pretrain.sbatch")
+    job = cluster.run("sbatch", "--parsable", "--gpus-per-node=0", f"--output={tmp_path}/log", script, cwd=tmp_path)
+    assert cluster.finish(job, 30) == "FAILED"
+    assert "submit from the repository's root" in (tmp_path / "log").read_text()
+
+
+def test_nothing_is_left_behind(tmp_path: Path, cluster: Cluster) -> None:
+    """A second cluster beside the first comes up, runs a job that ignores signals, and is gone after `stop`."""
+    second = Cluster(tmp_path / "second", nodes=1)
+    second.start()
+    try:
+        script = tmp_path / "stubborn.sh"
+        script.write_text("#!/bin/bash\ntrap '' TERM\nsleep 0.1\nsleep 300\n")
+        job = second.run("sbatch", "--parsable", "--output=/dev/null", str(script))
+        assert wait(lambda: second.state(job) == "RUNNING", 20)
+    finally:
+        second.stop()
+    mark = f"SLURM_CONF={second.root}".encode()
+    left = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark in (folder / "environ").read_bytes():
+                left.append(folder.name)
+        except OSError:
+            continue
+    assert left in ([], [str(os.getpid())])
