@@ -14,7 +14,6 @@ tokenizer's authors do, and a token is a target when it covers a target characte
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -206,8 +205,7 @@ class TextEncoder:
         ids, targets = self._tokens(self.render(dialogue))
         if not any(targets):
             raise NoTargetError("nothing in the dialogue is an answer to learn")
-        if self._adds_start and ids[0] != self._start or targets[0]:  # the first token cannot be predicted
-            ids, targets = [self._start, *ids], [False, *targets]
+        ids, targets = self._with_start(ids, targets)
         if self.max_length is not None and len(ids) > self.max_length:
             raise TooLongError(f"{len(ids)} tokens, max_length={self.max_length}")
         return Encoded(ids, [i if target else IGNORE for i, target in zip(ids, targets, strict=True)])
@@ -219,21 +217,16 @@ class TextEncoder:
             TooLongError: more than ``max_length`` tokens.
             DataError: turns the template cannot render.
         """
-        if dialogue[-1]["role"] != "assistant":
-            dialogue = [*dialogue, {"role": "assistant", "content": "?"}]
-        pieces = self.render(dialogue)
-        last = len(pieces)
-        while last and not pieces[last - 1].target:  # e.g. a line end after the end token
+        asked = dialogue[:-1] if dialogue[-1]["role"] == "assistant" else dialogue
+        # Cut out of a whole row: the tokens before an answer can depend on there being one ("\n\n" is one token, but
+        # two before a word).
+        ids, targets = self._with_start(*self._tokens(self.render([*asked, {"role": "assistant", "content": "A"}])))
+        last = len(ids)
+        while last and not targets[last - 1]:  # e.g. a line end after the end token
             last -= 1
-        while last and pieces[last - 1].target:
+        while last and targets[last - 1]:
             last -= 1
-        pieces = pieces[:last]
-        if pieces and pieces[-1].special:
-            # A space before the answer is part of the answer's first token.
-            pieces[-1] = _own(pieces[-1].text.rstrip(" "))
-        ids, _ = self._tokens(pieces)
-        if not ids or self._adds_start and ids[0] != self._start:
-            ids = [self._start, *ids]
+        ids = ids[:last]
         if self.max_length is not None and len(ids) > self.max_length:
             raise TooLongError(f"a prompt of {len(ids)} tokens, max_length={self.max_length}")
         return ids
@@ -253,6 +246,12 @@ class TextEncoder:
         if self.template == "chat":
             return self._chat(dialogue)
         return TEMPLATES[self.template](dialogue, self._tokenizer.eos_token)
+
+    def _with_start(self, ids: list[int], targets: list[bool]) -> tuple[list[int], list[bool]]:
+        """With a start token where the tokenizer adds one, or where the first token is a target."""
+        if targets[0] or self._adds_start and ids[0] != self._start:
+            return [self._start, *ids], [False, *targets]
+        return ids, targets
 
     def _tokens(self, pieces: list[Piece]) -> tuple[list[int], list[bool]]:
         """Ids, and whether each is a target."""
@@ -321,21 +320,10 @@ def _plain_tokenizers(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, To
 
     The two differ for SentencePiece models that put their word mark only before the first word of a text.
     """
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    first = Tokenizer.from_str(json.dumps(state))
-
-    def never(node) -> None:
-        if isinstance(node, dict):
-            if node.get("type") == "Metaspace" and node.get("prepend_scheme") == "first":
-                node["prepend_scheme"] = "never"
-            for value in node.values():
-                never(value)
-        elif isinstance(node, list):
-            for value in node:
-                never(value)
-
-    never(state["pre_tokenizer"])
-    later = Tokenizer.from_str(json.dumps(state))
+    text = tokenizer.backend_tokenizer.to_str()
+    first = later = Tokenizer.from_str(text)
+    if '"prepend_scheme":"first"' in text:
+        later = Tokenizer.from_str(text.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"'))
     for each in (first, later):
         each.post_processor = processors.Sequence([])  # it may trim spaces off the offsets
         each.no_truncation()

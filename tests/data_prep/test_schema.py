@@ -1,0 +1,149 @@
+"""Shards, manifests and the mapped reader; preparation that is killed, split over tasks, or meets bad data."""
+
+import io
+import pickle
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep import schema
+from data_prep.errors import DataError
+from data_prep.prepare import Options, Task, prepare
+from data_prep.schema import Dropped, Sample, Split, write_split
+
+
+def png(seed, size=(8, 8)):
+    stream = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(stream, "png")
+    return stream.getvalue()
+
+
+def sample(number, images=1, answer="yes"):
+    turns = [{"role": "user", "content": "ok?"}, {"role": "assistant", "content": answer}]
+    return Sample(f"s{number}", [png(number * 10 + i) for i in range(images)], [turns] * (1 + number % 3), "made")
+
+
+@dataclass
+class Numbers:
+    """A source of ``size`` samples per unit; those in ``bad`` cannot be read."""
+
+    count: int = 4
+    size: int = 10
+    bad: tuple[int, ...] = ()
+    crash: int | None = None
+
+    def made_from(self):
+        return {"count": self.count, "size": self.size, "bad": self.bad}
+
+    def units(self):
+        return {"train": self.count}
+
+    def read(self, split, unit):
+        for number in range(unit * self.size, (unit + 1) * self.size):
+            if number == self.crash:
+                raise KeyboardInterrupt
+            yield Dropped(f"s{number}", "image missing", "x.png") if number in self.bad else sample(number)
+
+
+def test_samples_come_back_exactly(tmp_path):
+    samples = [sample(n, images=n % 3) for n in range(150)]  # text-only, one and two images; three record batches
+    manifest = write_split(tmp_path / "train", samples)
+    split = Split(tmp_path / "train")
+    assert list(split) == samples
+    assert [split[n] for n in (149, 0, 64, 63)] == [samples[n] for n in (149, 0, 64, 63)]
+    assert pickle.loads(pickle.dumps(split))[77] == samples[77]
+    assert (manifest.samples, manifest.images, manifest.text_only) == (150, 150, 50)
+    assert split.index()["images"].tolist() == [n % 3 for n in range(150)]
+    assert split.index()["characters"][2] == 3 * len("ok?yes")
+    with pytest.raises(IndexError):
+        split[150]
+    split.verify()
+
+
+def test_fingerprint_is_of_the_samples(tmp_path):
+    samples = [sample(n) for n in range(5)]
+    one = write_split(tmp_path / "a" / "train", samples).fingerprint
+    assert write_split(tmp_path / "b" / "train", samples).fingerprint == one
+    assert write_split(tmp_path / "c" / "train", samples[::-1]).fingerprint != one
+    assert write_split(tmp_path / "d" / "train", [*samples[:4], sample(4, answer="no")]).fingerprint != one
+
+
+def test_readable_by_the_datasets_library(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    write_split(tmp_path / "train", [sample(n) for n in range(3)])
+    file = str(tmp_path / "train" / "shard-00000.arrow")
+    loaded = datasets.load_dataset("arrow", data_files=file, split="train", cache_dir=str(tmp_path / "cache"))
+    assert loaded[2]["id"] == "s2" and loaded[2]["images"] == sample(2).images
+
+
+def test_damage_is_named(tmp_path):
+    write_split(tmp_path / "train", [sample(n) for n in range(3)])
+    shard = tmp_path / "train" / "shard-00000.arrow"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100])
+    with pytest.raises(DataError, match=f"shard {shard} should have {len(whole)} bytes, it has {len(whole) - 100}"):
+        Split(tmp_path / "train")
+    shard.write_bytes(bytes([whole[1000] ^ 1]).join([whole[:1000], whole[1001:]]))
+    with pytest.raises(DataError, match=f"shard {shard}: expected sha256"):
+        Split(tmp_path / "train").verify()
+    shard.write_bytes(b"\0" * len(whole))
+    with pytest.raises(DataError, match=f"shard {shard} is corrupt at sample 1"):
+        Split(tmp_path / "train")[1]
+    shard.unlink()
+    with pytest.raises(DataError, match="it is missing"):
+        Split(tmp_path / "train")
+    with pytest.raises(DataError, match="no prepared split"):
+        Split(tmp_path)
+
+
+def test_a_killed_task_redoes_only_its_unfinished_shard(tmp_path):
+    folder = tmp_path / "set"
+    with pytest.raises(KeyboardInterrupt):
+        prepare(Numbers(crash=25), folder)
+    finished = {n: (folder / "train" / f"shard-0000{n}.arrow").stat().st_mtime_ns for n in (0, 1)}
+    assert not list(folder.rglob("shard-00002*")) and not list(folder.rglob(".shard*"))
+    assert not (folder / "train" / schema.MANIFEST).exists()
+    (folder / "train" / ".shard-00002.999.tmp").write_bytes(b"left by a killed process")
+    result = prepare(Numbers(), folder)
+    assert result.made == ["train"]
+    assert not list(folder.rglob(".shard*"))
+    for number, time in finished.items():
+        assert (folder / "train" / f"shard-0000{number}.arrow").stat().st_mtime_ns == time
+    assert [s.id for s in Split(folder / "train")] == [f"s{n}" for n in range(40)]
+
+
+def test_job_array_equals_one_process(tmp_path):
+    whole = prepare(Numbers(5), tmp_path / "whole").manifests["train"]
+    first = prepare(Numbers(5), tmp_path / "array", task=Task.parse("0/2"))
+    assert first.waiting == {"train": 2} and not first.manifests
+    second = prepare(Numbers(5), tmp_path / "array", task=Task.parse("1/2"))
+    assert second.manifests["train"].fingerprint == whole.fingerprint
+    assert second.manifests["train"].shards == whole.shards
+    assert not prepare(Numbers(5), tmp_path / "array", task=Task.parse("0/2")).made
+
+
+def test_many_processes_equal_one(tmp_path):
+    whole = prepare(Numbers(3), tmp_path / "one").manifests["train"]
+    assert prepare(Numbers(3), tmp_path / "two", workers=2).manifests["train"].shards == whole.shards
+
+
+def test_bad_records_fail_or_are_counted(tmp_path):
+    source = Numbers(bad=(7, 21))
+    with pytest.raises(DataError, match=r"set/train: sample s7: image missing \(x.png\).*on_error=drop"):
+        prepare(source, tmp_path / "set")
+    options = Options(on_error="drop", max_drop_fraction=0.05)
+    manifest = prepare(source, tmp_path / "set", options).manifests["train"]
+    assert manifest.samples == 38 and manifest.dropped == {"image missing": 2}
+    assert [example["id"] for example in manifest.dropped_examples] == ["s7", "s21"]
+    assert "s7" not in [s.id for s in Split(tmp_path / "set" / "train")]
+    with pytest.raises(DataError, match="2 of 40 records are bad .5.00%, max_drop_fraction=0.01.: 2 image missing"):
+        prepare(source, tmp_path / "other", Options(on_error="drop"))
+    assert not (tmp_path / "other" / "train" / schema.MANIFEST).exists()
+
+
+def test_duplicates_are_counted(tmp_path):
+    manifest = write_split(tmp_path / "train", [sample(1), sample(1), sample(2)])
+    assert (manifest.images, manifest.unique_images) == (3, 2)
