@@ -34,13 +34,13 @@ class ImageNorm(nn.Module):
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         """Standardise [I, *shape]; images of weight 0 do not count. Statistics in fp32. Collective in training."""
         if not self.training:
-            return self._apply(x, self.mean.float(), self.var.float())
+            return self._standardised(x, self.mean.float(), self.var.float())
         weight = weight.float().view(-1, *[1] * (x.dim() - 1))
         values = x.float()
         # Sums first: their global values follow from one all-reduce, whatever each rank's number of images.
         count, total = _sum_over_ranks(torch.stack([weight.sum()])), _sum_over_ranks((values * weight).sum(0))
         if count.item() < 2:
-            return self._apply(x, self.mean.float(), self.var.float())
+            return self._standardised(x, self.mean.float(), self.var.float())
         mean = total / count
         var = _sum_over_ranks(((values - mean).square() * weight).sum(0)) / count
         with torch.no_grad():
@@ -49,9 +49,9 @@ class ImageNorm(nn.Module):
             newest = max(self.momentum, 1 / self.batches.item())
             self.mean.lerp_(mean.to(self.mean.dtype), newest)
             self.var.lerp_(var.to(self.var.dtype), newest)
-        return self._apply(x, mean, var)
+        return self._standardised(x, mean, var)
 
-    def _apply(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    def _standardised(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         return ((x.float() - mean) * torch.rsqrt(var + self.eps)).to(x.dtype)
 
 

@@ -17,13 +17,16 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from train import distributed
-from train.engine import Engine
 from train.errors import UserError
+
+if TYPE_CHECKING:  # DeepSpeed takes seconds to import and evaluation has no need of it
+    from train.engine import Engine
+
 
 FOLDER = "checkpoints"
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -18,6 +19,8 @@ from model.config import ConnectorConfig, GeneratorConfig, LLMConfig, ModelConfi
 from train.data import DataConfig
 from train.errors import UserError
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Of `engine.precision`."""
 STAGES = ("pretrain", "finetune")
 OPTIMIZERS = ("adamw", "deepspeed_cpu_adam", "deepspeed_fused_adam", "apex_fused_adam")
 
@@ -255,14 +258,14 @@ def resolve(composed: DictConfig) -> RunConfig:
     return config
 
 
-def explain(error: Exception) -> ConfigError:
+def explain(error: Exception, known: list[str] | None = None) -> ConfigError:
     """Hydra's or OmegaConf's complaint as one line that names the key and the nearest known one."""
     text = str(error.__cause__ or error)
     key = getattr(error, "full_key", None) or getattr(error.__cause__, "full_key", None)
     if match := re.search(r"(?:full_key: |[Kk]ey ')([\w.\[\]]+)", text):
         key = key or match.group(1)
     first = text.strip().splitlines()[0]
-    known = schema_keys()
+    known = schema_keys() if known is None else known
     if key and key not in known and ("not in" in text or "Missing key" in text):
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"; did you mean `{near[0]}`?" if near else ""

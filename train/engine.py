@@ -19,8 +19,6 @@ from model.vlm import VisionLanguageModel
 from train.config import OptimConfig, RunConfig, StageConfig
 from train.errors import UserError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 def deepspeed_config(config: RunConfig, world_size: int, accumulation: int) -> dict[str, Any]:
     """DeepSpeed's JSON, every value spelled out: its "auto" silently turns into a default outside the HF Trainer,

@@ -13,10 +13,9 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from deepspeed.runtime.zero.partition_parameters import GatheredParameters
-from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -25,7 +24,10 @@ from model.config import ModelConfig
 from model.connectors import Connector
 from train import distributed
 from train.checkpoint import CheckpointError, write_atomically
-from train.engine import Engine
+
+if TYPE_CHECKING:  # DeepSpeed takes seconds to import and evaluation has no need of it
+    from train.engine import Engine
+
 
 FOLDER = "export"
 
@@ -36,6 +38,9 @@ def full_tensors(module: nn.Module, dtype: torch.dtype | None = None) -> Iterato
     Trained parameters come as their fp32 masters, so a bf16 run loses nothing between stages; frozen ones and buffers
     as they are; parameters in `dtype` if given. Yields on every rank; only rank 0 gets tensors (others empty ones).
     """
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param
+
     persistent = set(module.state_dict(keep_vars=True))
     for name, parameter in module.named_parameters():
         master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None

@@ -35,7 +35,7 @@ def predict(
             eos_token_id=tokenizer.eos_token_id,
         )
         for item, ids in zip(evaluation.items, out.tolist(), strict=True):
-            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            text = loader.text.dialogue.decode(ids)
             rows.append({"sample": item.sample, "question": item.question, "answer": item.answer, "prediction": text})
     model.train()
     images = {sample.id: sample.images for sample in loader.split}

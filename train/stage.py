@@ -21,10 +21,10 @@ from model.vlm import VisionLanguageModel, build_model
 from model.weights import base_norms
 from train import checkpoint, distributed, samples
 from train.checkpoint import Progress
-from train.config import RunConfig, accumulation
+from train.config import DTYPES, RunConfig, accumulation
 from train.data import EvalLoader, TrainLoader, ensure_feature_cache, load_preprocessor, make_text, open_split
 from train.data.collate import ImageInput
-from train.engine import DTYPES, Engine, deepspeed_config, freeze
+from train.engine import Engine, deepspeed_config, freeze
 from train.errors import UserError
 from train.export import export, exported_llm, load_connector
 from train.flops import FlopCounter

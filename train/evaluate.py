@@ -1,0 +1,219 @@
+"""`python -m train.evaluate run=RUN_DIR [key=value ...]`: answers, accuracy, blind floor.
+
+    python -m train.evaluate run=outputs/RUN
+    python -m train.evaluate run=outputs/RUN images=shuffled     # every question with another sample's image
+    srun ... python -m train.evaluate run=outputs/RUN            # questions shared among ranks
+
+Greedy decoding with a KV cache in batches, from a run's exported weights in a plain process (generating inside the
+ZeRO-3 engine is twenty times slower). Writes RUN_DIR/evaluation/SPLIT-IMAGES.json and .jsonl (every prediction).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from data_prep.easy_vqa import answer_type
+from data_prep.schema import Split
+from model.loading import fingerprint
+from model.vlm import VisionLanguageModel, build_model
+from train import config as configuration
+from train import distributed, scoring
+from train.checkpoint import write_atomically
+from train.config import DTYPES, ConfigError, RunConfig
+from train.data import EvalLoader, load_preprocessor, make_text, open_split
+from train.errors import run_cli
+from train.export import exported_llm, load_connector
+from train.scoring import Question
+
+
+@dataclass
+class Options:
+    """Keys of the command line; null: as in the run's own `evaluation` group.
+
+    Attributes:
+        run: Run directory with an export.
+        split: `test` or `val` of the run's data, or a prepared folder below its `data.root`.
+        images: `real`, `shuffled` (every sample shown another one's images) or `none`.
+        max_samples: A fixed random subset of the questions; null: the run's setting.
+        batch_size: Questions per batch.
+        max_new_tokens: Longest answer.
+        seed: Of the subset and of the shuffle.
+    """
+
+    run: str = "???"
+    split: str = "test"
+    images: str = "real"
+    max_samples: int | None = None
+    batch_size: int | None = None
+    max_new_tokens: int | None = None
+    seed: int = 0
+
+
+def parse(arguments: list[str]) -> Options:
+    """Options from `key=value` arguments.
+
+    Raises:
+        ConfigError: unknown key, wrong type, or no run.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(arguments))
+        options: Options = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise configuration.explain(error, configuration.schema_keys(Options)) from error
+    if options.images not in ("real", "shuffled", "none"):
+        raise ConfigError(f"images={options.images}: choose real, shuffled or none")
+    return options
+
+
+def load_model(config: RunConfig, run: Path, device: torch.device) -> VisionLanguageModel:
+    """A run's model from its export, in evaluation mode, in the run's precision.
+
+    Raises:
+        ValueError, UserError: no export, or base models other than the run's.
+    """
+    identity = {"llm": fingerprint(config.llm.path), "vision": fingerprint(config.vision.path)}
+    llm = exported_llm(run)
+    dtype = DTYPES[config.engine.precision]
+    model = build_model(config.model, dtype, llm_path=None if llm is None else str(llm))
+    load_connector(model.connector, run, config.model, identity)
+    for parameter in model.connector.parameters():  # statistics stay fp32
+        parameter.data = parameter.data.to(dtype)
+    return model.to(device).eval()
+
+
+def answer(
+    model: VisionLanguageModel, loader: EvalLoader, tokenizer: Any, max_new_tokens: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """One record per question of this rank: sample, dialogue, question, answer, prediction."""
+    records = []
+    for evaluation in tqdm(loader, desc="evaluate", unit="batch", disable=distributed.rank() > 0, mininterval=10):
+        if not evaluation.items:
+            continue
+        batch = evaluation.batch.to(device, next(model.parameters()).dtype)
+        out = model.generate(batch, max_new_tokens, loader.text.dialogue.pad_id, tokenizer.eos_token_id)
+        for item, ids in zip(evaluation.items, out.tolist(), strict=True):
+            text = loader.text.dialogue.decode(ids)
+            records.append({**asdict(item), "prediction": text})
+    return records
+
+
+def training_questions(config: RunConfig) -> list[Question]:
+    """All questions with answers that the run's stage trained on; captions are none."""
+    found = []
+    for source in config.data.train:
+        for sample in open_split(config.data, source.path):
+            for dialogue in sample.conversations:
+                user, reply = dialogue[-2]["content"], dialogue[-1]["content"]
+                if user:
+                    found.append(Question(sample.id, user, reply))
+    return found
+
+
+def image_of(config: RunConfig, split: str = "test") -> Callable[[str], bytes]:
+    """Function from a sample's id to its first image file, for one split of a run's data."""
+    images = {sample.id: sample.images[0] for sample in _open(config, split) if sample.images}
+    return images.__getitem__
+
+
+def main() -> int:
+    """Evaluate one run."""
+    options = parse(sys.argv[1:])
+    run = Path(options.run)
+    config = configuration.load(run / "config.yaml")
+    limit = options.max_samples or config.evaluation.max_samples
+    if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1:
+        device = distributed.init(config.engine.timeout_minutes)
+    else:
+        distributed.quiet()
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rank, world = distributed.rank(), distributed.world_size()
+
+    tokenizer = AutoTokenizer.from_pretrained(config.llm.path)
+    split = _open(config, options.split)
+    pixels = load_preprocessor(config.vision.path, config.vision.image_mode, config.vision.image_size)
+    loader = EvalLoader(
+        split,
+        make_text(config.data, tokenizer),
+        pixels,
+        rows=options.batch_size or config.evaluation.batch_size,
+        limit=limit,
+        images={"real": "own"}.get(options.images, options.images),
+        seed=options.seed,
+        rank=rank,
+        world_size=world,
+    )
+    model = load_model(config, run, device)
+    started = time.perf_counter()
+    records = answer(model, loader, tokenizer, options.max_new_tokens or config.evaluation.max_new_tokens, device)
+    seconds = time.perf_counter() - started
+    if world > 1:
+        gathered: list[Any] = [None] * world
+        dist.all_gather_object(gathered, records)
+        records = [record for part in gathered for record in part]
+        distributed.shutdown()
+    if rank == 0:
+        _write(run, options, config, split, records, seconds)
+    return 0
+
+
+def _write(
+    run: Path, options: Options, config: RunConfig, split: Split, records: list[dict[str, Any]], seconds: float
+) -> None:
+    records.sort(key=lambda r: (r["sample"], r["dialogue"]))
+    questions = [Question(r["sample"], r["question"], r["answer"]) for r in records]
+    predictions = [r["prediction"] for r in records]
+    for record in records:
+        record["type"] = answer_type(record["answer"])
+        record["right"] = scoring.normalise(record["prediction"]) == scoring.normalise(record["answer"])
+    result = scoring.accuracy(questions, predictions, answer_type)
+    training = training_questions(config)
+    if not training:
+        print(f"{run} trained on captions only: no blind floor, and questions are new to the model", file=sys.stderr)
+    blind = scoring.blind_predictions(questions, training) if training else [""] * len(questions)
+    floor = scoring.accuracy(questions, blind, answer_type)
+    folder = run / "evaluation"
+    folder.mkdir(exist_ok=True)
+    name = f"{options.split.replace('/', '-')}-{options.images}"
+    write_atomically(folder / f"{name}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    summary = {
+        "images": options.images,
+        "split": options.split,
+        "count": len(records),
+        "available": int(split.index()["dialogues"].sum()),
+        "seconds": seconds,
+        "questions_per_s": len(records) / seconds,
+        "accuracy": scoring.as_dict(result),
+        "blind_floor": scoring.as_dict(floor),
+    }
+    write_atomically(folder / f"{name}.json", json.dumps(summary, indent=1))
+    print(f"{run}: {len(records)} of {summary['available']} {options.split} questions, images: {options.images}")
+    print(f"{'type':<10}{'count':>7}{'right %':>9}{'95 % interval':>18}{'blind %':>9}")
+    for key, value in result.items():
+        interval = f"{value.low:.1f} - {value.high:.1f}"
+        print(f"{key:<10}{value.count:>7}{value.percent:>9.1f}{interval:>18}{floor[key].percent:>9.1f}")
+    print(f"predictions: {folder / name}.jsonl")
+
+
+def _open(config: RunConfig, split: str) -> Split:
+    path = getattr(config.data, split) if split in ("test", "val") else split
+    if path is None:
+        raise ConfigError(f"the run's data.{split} is null; name a prepared folder with split=...")
+    return open_split(config.data, path)
+
+
+if __name__ == "__main__":
+    run_cli(main)
