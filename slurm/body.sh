@@ -212,7 +212,7 @@ evaluate() {
     export_environment
     if [ "${1:-}" = --sweep ]; then set -- "run=$2/$SLURM_ARRAY_TASK_ID" "${@:3}"; fi
     preflight || give_up "preflight found the machine unfit; see above"
-    on_first_node train.evaluate "$@"
+    on_all_tasks train.evaluate "$@"
 }
 
 prepare_data() {

@@ -77,6 +77,7 @@ class SlurmLauncherConfig:
         submit: false: check and prepare all points, write what would be submitted, submit nothing.
         evaluate: Also submit a second array that scores each point once it has finished (needs `data.test`).
         sbatch: Further options of sbatch, by their long names: `{time: "2:00:00", gpus-per-node: 4}`.
+        evaluate_sbatch: The same for the evaluation.
     """
 
     _target_: str = f"{_NAMESPACE}.SlurmLauncher"
@@ -86,6 +87,7 @@ class SlurmLauncherConfig:
     submit: bool = True
     evaluate: bool = True
     sbatch: dict[str, Any] = field(default_factory=dict)
+    evaluate_sbatch: dict[str, Any] = field(default_factory=dict)
 
 
 class SlurmLauncher(BasicLauncher):
@@ -105,10 +107,12 @@ class SlurmLauncher(BasicLauncher):
         submit: bool,
         evaluate: bool,
         sbatch: dict[str, Any],
+        evaluate_sbatch: dict[str, Any],
     ) -> None:
         super().__init__()
         self.nodes, self.tasks_per_node, self.throttle = nodes, tasks_per_node, throttle
-        self.submit, self.evaluate, self.options = submit, evaluate, sbatch
+        self.submit, self.evaluate = submit, evaluate
+        self.options, self.evaluate_options = sbatch, evaluate_sbatch
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Called by Hydra with the overrides of each point."""
@@ -132,7 +136,13 @@ class SlurmLauncher(BasicLauncher):
             "evaluate.sbatch",
             ["--sweep", str(folder)],
             # aftercorr: element i waits for element i, not for the whole sweep.
-            {"array": array, "dependency": "aftercorr:{train}", "kill-on-invalid-dep": "yes", **logs},
+            {
+                "array": array,
+                "dependency": "aftercorr:{train}",
+                "kill-on-invalid-dep": "yes",
+                **logs,
+                **self.evaluate_options,
+            },
         )
         commands = {"train": train}
         if self.evaluate and OmegaConf.select(self.config, "data.test"):

@@ -232,3 +232,12 @@ def test_nothing_is_left_behind(tmp_path: Path, cluster: Cluster) -> None:
         except OSError:
             continue
     assert left in ([], [str(os.getpid())])
+
+
+def test_evaluation_of_a_point(cluster: Cluster, fake_python: Path) -> None:
+    options = ("--array=3", "--ntasks-per-node=2", "--cpus-per-task=1", "--gpus-per-node=0", "--mem=1G")
+    command = ("sbatch", "--parsable", *options, f"--output={fake_python}/log", str(ROOT / "slurm/evaluate.sbatch"))
+    job = cluster.run(*command, "--sweep", "/sweep", "images=none", cwd=ROOT, VLORA_SITE=str(fake_python / "site.sh"))
+    assert cluster.finish(job, 60) == "COMPLETED"
+    (call,) = calls(fake_python, "train.evaluate")
+    assert call[2:] == ["run=/sweep/3", "images=none"]
