@@ -4,8 +4,8 @@
     python -m benchmarks.lowrank                             single projections: SmolLM2-135M and 7B shapes
     python -m benchmarks.lowrank --predict                   bytes, FLOPs and A100 roofline time of every kernel
 
-``--json FILE`` writes the same figures. Every comparison interleaves its variants and takes each one's median, so that a
-busy machine slows all of them alike; the ratios are the result. With a CUDA device the projections run there in bf16,
+``--json FILE`` writes the same figures. Every comparison interleaves its variants and takes each one's median, so that
+a busy machine slows all of them alike; the ratios are the result. With a CUDA device the projections run there in bf16,
 on whatever backend ``auto`` picks, and the table adds achieved TFLOP/s and the error against float64.
 """
 
@@ -150,7 +150,7 @@ def whole_llm(folder: Path, n_layers: int | None, rows: int, length: int, repeat
 
 
 def one_projection(samples: int, length: int, d_in: int, d_out: int, groups: int, repeats: int) -> dict:
-    """One frozen projection of a placed layer, its A one of ``groups`` in the generator's output; forward + backward."""
+    """One frozen projection in each of ``groups`` placed layers, whose A are one generator output [S, G, d_in, r]."""
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 
     def leaf(*shape: int) -> Tensor:
@@ -159,20 +159,22 @@ def one_projection(samples: int, length: int, d_in: int, d_out: int, groups: int
     x, b, generated = leaf(samples, length, d_in), leaf(RANK, d_out), leaf(samples, groups, d_in, RANK)
     w = leaf(d_out, d_in).detach()
 
-    def output(form: str) -> Tensor:
+    dy = [leaf(samples, length, d_out).detach()] * groups
+
+    def outputs(form: str) -> list[Tensor]:
         if form == "plain":
-            return nn.functional.linear(x, w)
+            return [nn.functional.linear(x, w) for _ in range(groups)]
         if form == "einsum and index":
-            return nn.functional.linear(x, w) + einsum_term(x, generated[:, 0], b)
-        return lowrank_linear(x, w, split_perceptual(generated)[0], b, 1.0)
+            return [nn.functional.linear(x, w) + einsum_term(x, generated[:, i], b) for i in range(groups)]
+        return [lowrank_linear(x, w, a, b, 1.0) for a in split_perceptual(generated)]
 
     def timed(form: str, backward: bool) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        y = output(form)
+        y = outputs(form)
         if backward:
-            y.sum().backward()
+            torch.autograd.backward(y, dy)
         if device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
@@ -184,14 +186,14 @@ def one_projection(samples: int, length: int, d_in: int, d_out: int, groups: int
     for name, backward in (("forward", False), ("forward + backward", True)):
         variants = {form: (lambda form=form, backward=backward: timed(form, backward)) for form in forms}
         found[name] = ratios(interleaved(variants, repeats))
-    flops = 2 * samples * length * (d_in * d_out + RANK * (d_in + d_out))
+    flops = 2 * groups * samples * length * (d_in * d_out + RANK * (d_in + d_out))
     found["forward"]["tflops"] = flops / found["forward"]["seconds"]["ours"] / 1e12
     if device == "cuda":
         want = nn.functional.linear(x.double(), w.double()) + einsum_term(
             x.double(), generated[:, 0].double(), b.double()
         )
         for form in ("einsum and index", "ours"):
-            found["forward"][f"error_{form}"] = ((output(form).double() - want).norm() / want.norm()).item()
+            found["forward"][f"error_{form}"] = ((outputs(form)[0].double() - want).norm() / want.norm()).item()
         found["forward"]["share_of_peak"] = found["forward"]["tflops"] * 1e12 / A100_FLOPS
     return found
 
@@ -251,7 +253,7 @@ def main() -> None:
             shapes = {
                 "SmolLM2 q, 32 x 48": (32, 48, 576, 576, 7),
                 "SmolLM2 k, 32 x 48": (32, 48, 576, 192, 7),
-                "7B q, 4 x 64": (4, 64, 4096, 4096, 8),
+                "7B q, 4 x 64": (4, 64, 4096, 4096, 2),
             }
             for name, shape in shapes.items():
                 for phase, row in one_projection(*shape, args.repeats).items():
