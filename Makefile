@@ -15,6 +15,9 @@ compare: $(VENV)/.installed       ## the demo with VLoRA and the LLaVA-style pro
 	$(BIN)/python -m train.demo --out outputs/compare --connectors vlora mlp
 
 test: $(VENV)/.installed          ## all tests
+	$(BIN)/python -m data_prep.parts
+	$(BIN)/python -m data_prep source=easy_vqa
+	$(BIN)/python -m data_prep.tiny_llm
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.installed

@@ -96,13 +96,19 @@ CAPTIONS: dict[str, tuple[tuple[str, str], ...]] = {
         ("", "There is a {color} {shape} in the image."),
         ("", "The shape is a {shape} and its color is {color}."),
     ),
+    "facts": (
+        ("The image shows", "a {color} {shape}."),
+        ("The color of the shape is", "{color}."),
+        ("The shape in the image is", "a {shape}."),
+    ),
     "requests": (
         ("what is in the image?", "a {color} {shape}"),
         ("describe the image.", "a {color} {shape}"),
         ("what does the image show?", "a {color} {shape}"),
     ),
 }
-"""Sets of (user text, caption) templates, by name. An empty user text makes a plain caption."""
+"""Sets of (user text, caption) templates, by name. An empty user text makes a plain caption; that of `facts` opens the
+sentence, so that a frozen language model already expects what the image has to supply."""
 
 
 def captions(known: Facts, style: str) -> list[Dialogue]:
@@ -135,7 +141,7 @@ class EasyVQA:
     """
 
     path: Path
-    captions: str = "sentences"
+    captions: str = "facts"
     val_fraction: float = 0.05
 
     def made_from(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import hydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from train import config as configuration
@@ -52,15 +52,12 @@ def _main(composed: DictConfig) -> None:
 
 def run(composed: DictConfig) -> int:
     """Check one composed configuration and run it."""
-    composed = OmegaConf.create(composed)
-    OmegaConf.set_struct(composed, False)
-    check_only = bool(composed.pop("check", False))
     config = configuration.resolve(composed)
     quiet()
     workers = launch.worker_count(config)
     configuration.accumulation(config, workers)
     table = check_model(config)
-    if check_only:
+    if config.check:
         print(table)
         return 0
     path = run_dir.create(config)

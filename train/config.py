@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -216,6 +217,7 @@ class RunConfig:
         run_dir: Where everything about the run goes; null: a new directory below `output_root`.
         output_root: See `run_dir`.
         cache_dir: Converted third-party parts and cached features.
+        check: Compose, validate and print the model's table; train nothing.
     """
 
     llm: LLMConfig = field(default_factory=LLMConfig)
@@ -235,11 +237,16 @@ class RunConfig:
     run_dir: str | None = None
     output_root: str = "outputs"
     cache_dir: str = ".cache"
+    check: bool = False
 
     @property
     def model(self) -> ModelConfig:
         """The part that `model` reads."""
         return ModelConfig(self.llm, self.vision, self.generator, self.connector)
+
+
+# The schema is the first entry of conf/config.yaml's defaults, so every key can be set on the command line, typed.
+ConfigStore.instance().store("schema", node=RunConfig)
 
 
 def resolve(composed: DictConfig) -> RunConfig:
@@ -249,7 +256,9 @@ def resolve(composed: DictConfig) -> RunConfig:
         ConfigError: unknown key (with the nearest one), wrong type, or a rule broken; names the key.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), composed)
+        # As plain containers: Hydra lets `+key=value` add keys to a typed node, merging into a fresh one does not.
+        plain = OmegaConf.create(OmegaConf.to_container(composed))
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), plain)
         OmegaConf.resolve(merged)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:

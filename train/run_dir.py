@@ -27,7 +27,7 @@ from train.errors import UserError
 _CODE = Path(__file__).resolve().parents[1]
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "hydra-core", "wandb", "safetensors", "triton")
 # Where and how a run is executed may change between its lifetimes; what it computes may not.
-_MAY_CHANGE = ("launch", "tracking", "checkpoint", "evaluation", "run_dir", "output_root", "cache_dir")
+_MAY_CHANGE = ("launch", "tracking", "checkpoint", "evaluation", "run_dir", "output_root", "cache_dir", "check")
 
 
 def create(config: RunConfig) -> Path:

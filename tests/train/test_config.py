@@ -20,9 +20,6 @@ def composed(*overrides: str) -> RunConfig:
             tree = compose("config", list(overrides))
         except (HydraException, OmegaConfBaseException) as error:
             raise explain(error) from error
-    tree = configuration.OmegaConf.create(tree)
-    configuration.OmegaConf.set_struct(tree, False)
-    tree.pop("check")
     return resolve(tree)
 
 
