@@ -81,7 +81,14 @@ esac
 # that way is in the file STOP.
 on_all_tasks() {
     srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --cpu-bind=cores "${CONTAINER_OPTIONS[@]}" \
-        bash -c 'trap "" USR1 TERM; exec "$@"' _ "${CONTAINER_COMMAND[@]}" "$VLORA_PYTHON" -m "$@"
+        bash -c 'trap "" USR1 TERM; exec "$@"' _ "${CONTAINER_COMMAND[@]}" "$VLORA_PYTHON" -m "$@" &
+    # srun itself, not a shell around it: signals are passed on to this process.
+    STEP_PID=$!
+    while kill -0 "$STEP_PID" 2>/dev/null; do wait "$STEP_PID"; done # a signal interrupts `wait`
+    wait "$STEP_PID"
+    local code=$?
+    STEP_PID=
+    return "$code"
 }
 
 # Run a Python module once, on the first node.
@@ -98,12 +105,6 @@ on_signal() {
     if [ -n "$STEP_PID" ]; then kill -USR1 "$STEP_PID" 2>/dev/null; fi
 }
 STOP_EARLY=
-
-# Wait for the step through the signals that interrupt `wait`; its exit code.
-wait_for_step() {
-    while kill -0 "$STEP_PID" 2>/dev/null; do wait "$STEP_PID"; done
-    wait "$STEP_PID"
-}
 
 job_state() { squeue --noheader --jobs="$JOB" --format=%T 2>/dev/null | head -n 1; }
 
@@ -202,9 +203,7 @@ train_stage() {
         [ -e "$RUN_DIR/STOP" ] && requeue "asked to stop before the training began"
         give_up "preflight found the machine unfit; see above"
     }
-    on_all_tasks train.worker "$RUN_DIR" &
-    STEP_PID=$!
-    wait_for_step
+    on_all_tasks train.worker "$RUN_DIR"
     after_workers $?
 }
 

@@ -47,6 +47,7 @@ def test_signal_to_the_batch_shell(site: Site, undisturbed: Losses) -> None:
     site.cluster.run("scancel", "--batch", "--signal=USR1", job)
     assert site.complete(job, run) == undisturbed
     assert restarts(site, job) == 1
+    stopped_cleanly(site, job, run)
     ids, steps = wandb_steps(run)
     assert ids == {json.loads((run / "run.json").read_text())["id"]}
     assert steps == list(range(1, STEPS + 1))
@@ -57,6 +58,7 @@ def test_time_limit(site: Site, undisturbed: Losses) -> None:
     job, run = site.pretrain("limited", options=("--time=1", "--signal=B:USR1@30"))
     assert site.complete(job, run) == undisturbed
     assert restarts(site, job) >= 1 and "got SIGUSR1" in site.log(job)
+    stopped_cleanly(site, job, run)
 
 
 def test_preempted_by_a_higher_partition(site: Site, undisturbed: Losses) -> None:
@@ -70,6 +72,7 @@ def test_preempted_by_a_higher_partition(site: Site, undisturbed: Losses) -> Non
     site.cluster.finish(urgent, 120)
     assert site.complete(job, run) == undisturbed
     assert restarts(site, job) == 1
+    stopped_cleanly(site, job, run)
 
 
 def test_requeued_from_outside(site: Site, undisturbed: Losses) -> None:
@@ -108,6 +111,12 @@ def test_node_down(site: Site, undisturbed: Losses) -> None:
     assert wait(lambda: restarts(site, job) == 1, 90)
     site.cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
     assert site.complete(job, run) == undisturbed
+
+
+def stopped_cleanly(site: Site, job: str, run: Path) -> None:
+    """The job ended its earlier lifetime with a checkpoint, not as a crash that happened to be survived."""
+    assert "stopped with a checkpoint" in site.log(job)
+    assert not (run / "crashes").exists(), (run / "crashes").read_text()
 
 
 def workers(run: Path) -> list[int]:
