@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint clean sweep compare
+.PHONY: demo test lint clean compare sweep
 
 demo: $(VENV)/.installed          ## prepare, pretrain, finetune, evaluate, report (OUT=dir)
 	$(BIN)/python -m train.demo --out $(OUT) --connectors $(CONNECTORS)
@@ -14,7 +14,7 @@ demo: $(VENV)/.installed          ## prepare, pretrain, finetune, evaluate, repo
 compare: $(VENV)/.installed       ## the demo with VLoRA and the LLaVA-style projector side by side
 	$(BIN)/python -m train.demo --out outputs/compare --connectors vlora mlp
 
-test: $(VENV)/.installed          ## all tests
+test: $(VENV)/.test-installed     ## all tests
 	$(BIN)/python -m data_prep.parts
 	$(BIN)/python -m data_prep source=easy_vqa
 	$(BIN)/python -m data_prep.tiny_llm
@@ -32,4 +32,9 @@ $(VENV)/.installed: requirements.txt
 	# torch first: DeepSpeed's build looks for it.
 	$(BIN)/pip install --quiet --no-compile $$(grep -o '^torch==[^ ]*' requirements.txt)
 	$(BIN)/pip install --quiet --no-compile -r requirements.txt
+	touch $@
+
+# The kernels' proofs need Triton, which a CUDA build of torch brings along and a CPU build does not.
+$(VENV)/.test-installed: $(VENV)/.installed
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install --quiet --no-compile triton==3.9.0
 	touch $@

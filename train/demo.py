@@ -34,10 +34,10 @@ class _PeakMemory(threading.Thread):
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
         self.peak = 0
-        self._pid, self._stop = pid, threading.Event()
+        self._pid, self._done = pid, threading.Event()
 
     def run(self) -> None:
-        while not self._stop.wait(1.0):
+        while not self._done.wait(1.0):
             try:
                 root = psutil.Process(self._pid)
                 processes = [root, *root.children(recursive=True)]
@@ -47,7 +47,7 @@ class _PeakMemory(threading.Thread):
 
     def stop(self) -> int:
         """Bytes at the peak."""
-        self._stop.set()
+        self._done.set()
         self.join()
         return self.peak
 

@@ -1,0 +1,50 @@
+"""The whole pipeline on real data with the tiny LLM: what `make demo` runs, smaller."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.train.world import ROOT
+from train.tracking import read_metrics
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, "-m", "train.demo", "--llm", "tiny", "--out", str(folder), "--questions", "1000"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.slow
+def test_it_learns_to_see(out):
+    """Shape and color far above the blind floor; with a wrong image back at it."""
+    summary = json.loads((out / "summary.json").read_text())
+    evaluation = summary["connectors"]["vlora"]["evaluation"]
+    real, wrong = evaluation["real"]["accuracy"], evaluation["shuffled"]["accuracy"]
+    floor = summary["blind_floor"]
+    assert real["shape"]["percent"] > 80 and real["color"]["percent"] > 60
+    assert real["overall"]["percent"] > floor["overall"]["percent"] + 8
+    for kind in ("shape", "color"):
+        assert wrong[kind]["low"] < floor[kind]["percent"] + 10
+        assert wrong[kind]["percent"] < real[kind]["percent"] - 30
+
+
+@pytest.mark.slow
+def test_the_report_is_whole(out):
+    summary = json.loads((out / "summary.json").read_text())
+    for name in ("report.md", "losses.png", "accuracy.png", "samples.png", "step_time.png"):
+        assert (out / name).stat().st_size > 500, name
+    for stage in ("pretrain", "finetune"):
+        figures = summary["connectors"]["vlora"]["stages"][stage]
+        assert figures["world_size"] == 2 and figures["zero_stage"] == 3 and figures["skipped_steps"] == 0
+        assert figures["samples_per_s"] > 0
+        assert list((out / "vlora" / stage / "wandb").glob("offline-run-*/*.wandb"))
+    assert summary["peak_gb"] > 0 and summary["git_commit"] and summary["versions"]["deepspeed"]
+    losses = [r["loss"] for r in read_metrics(out / "vlora" / "finetune") if "loss" in r]
+    assert sum(losses[-20:]) < 0.5 * sum(losses[:20])

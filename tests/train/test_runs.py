@@ -1,0 +1,193 @@
+"""Whole runs through `python -m train`: two ranks, ZeRO-3, interrupted and resumed, and wrong in every way."""
+
+import json
+import shutil
+import signal
+
+import pytest
+from safetensors.torch import load_file
+
+from data_prep.schema import write_split
+from tests.train import world
+from train.tracking import read_metrics
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return world.make(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def pretrained(home, tmp_path_factory):
+    """An undisturbed pretraining."""
+    run = tmp_path_factory.mktemp("runs") / "pretrain"
+    done = world.train(world.overrides(home, run, f"stage.steps={STEPS}", "checkpoint.every=10"))
+    assert done.returncode == 0, done.stderr
+    assert f"{STEPS} steps of 8 samples, world size 2, ZeRO stage 3" in done.stdout
+    return run
+
+
+def losses(run):
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in read_metrics(run) if "loss" in r]
+
+
+def same_tensors(a, b):
+    first, second = load_file(a), load_file(b)
+    return first.keys() == second.keys() and all(first[k].equal(second[k]) for k in first)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(home, pretrained, tmp_path):
+    """SIGKILL to everything after a checkpoint; then SIGTERM; then to the end: bit-identical."""
+    arguments = world.overrides(home, tmp_path / "run", f"stage.steps={STEPS}", "checkpoint.every=10")
+    process = world.start(arguments)
+    world.wait_for(lambda: world.steps_done(tmp_path / "run") >= 12, process)
+    world.kill_tree(process)
+    assert 10 <= world.steps_done(tmp_path / "run") < STEPS
+
+    process = world.start(arguments)
+    world.wait_for(lambda: world.steps_done(tmp_path / "run") >= 25, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "stopped on request" in out and (tmp_path / "run" / "STOPPED").exists()
+
+    done = world.train(arguments)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "run") == losses(pretrained)
+    assert [step for step, *_ in losses(pretrained)] == list(range(1, STEPS + 1))
+    export = "export/connector.safetensors"
+    assert same_tensors(tmp_path / "run" / export, pretrained / export)
+
+
+def test_finetuning_resumes_exactly_and_exports_the_llm(home, pretrained, tmp_path):
+    def arguments(run):
+        return world.overrides(
+            home, tmp_path / run, "stage=finetune", f"init_from={pretrained}", "stage.steps=20", "checkpoint.every=5",
+            "stage.freeze=[llm.model.embed_tokens.*]", "engine.gradient_checkpointing=true",
+        )  # fmt: skip
+
+    assert world.train(arguments("whole")).returncode == 0
+    process = world.start(arguments("cut"))
+    world.wait_for(lambda: world.steps_done(tmp_path / "cut") >= 7, process)
+    world.kill_tree(process)
+    assert world.train(arguments("cut")).returncode == 0
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    for file in ("export/connector.safetensors", "export/llm/model.safetensors"):
+        assert same_tensors(tmp_path / "cut" / file, tmp_path / "whole" / file)
+    base, tuned = load_file(home / "llm/model.safetensors"), load_file(tmp_path / "whole/export/llm/model.safetensors")
+    assert base.keys() == tuned.keys()
+    assert base["model.embed_tokens.weight"].equal(tuned["model.embed_tokens.weight"])  # frozen by pattern
+    assert not base["model.layers.0.mlp.up_proj.weight"].equal(tuned["model.layers.0.mlp.up_proj.weight"])
+    # The first loss of finetuning is that of the pretrained generator: the stage switch loses nothing.
+    assert losses(tmp_path / "whole")[0][1] < losses(pretrained)[0][1]
+
+
+def test_another_number_of_ranks_goes_on(home, pretrained, tmp_path):
+    shutil.copytree(pretrained, tmp_path / "run")
+    for name in ("DONE", "checkpoints/step-000060/COMPLETE"):
+        (tmp_path / "run" / name).unlink()
+    arguments = world.overrides(
+        home, tmp_path / "run", f"stage.steps={STEPS}", "checkpoint.every=10", "launch.workers=1"
+    )
+    done = world.train(arguments)
+    assert done.returncode == 0, done.stderr
+    assert "resumed at step 50" in done.stdout
+    for (step, loss, _), (_, reference, _) in zip(losses(tmp_path / "run"), losses(pretrained), strict=True):
+        assert loss == pytest.approx(reference, rel=1e-3), step
+
+
+def test_a_half_written_checkpoint_is_not_read(pretrained, tmp_path):
+    from train import checkpoint
+
+    shutil.copytree(pretrained / "checkpoints", tmp_path / "checkpoints")
+    assert checkpoint.find(tmp_path).name == "step-000060"
+    shard = next((tmp_path / "checkpoints" / "step-000060").glob("*optim*"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert checkpoint.find(tmp_path).name == "step-000050"
+    (tmp_path / "checkpoints" / "step-000050" / "COMPLETE").unlink()
+    assert checkpoint.find(tmp_path) is None
+
+
+def test_a_finished_run_is_left_alone(home, pretrained):
+    before = (pretrained / "export" / "connector.safetensors").stat().st_mtime_ns
+    done = world.train(world.overrides(home, pretrained, f"stage.steps={STEPS}", "checkpoint.every=10"))
+    assert done.returncode == 0 and "finished" in done.stdout
+    assert (pretrained / "export" / "connector.safetensors").stat().st_mtime_ns == before
+
+
+def unreadable_image(home, tmp_path):
+    broken = world.samples(8)
+    broken[3].images = [b"\x89PNG\r\n\x1a\n not a picture"]
+    write_split(home / "data" / "broken", broken)
+    return ["data.train=[{path: broken, weight: 1.0}]"], r"broken.*sample square/3"
+
+
+def no_target(home, tmp_path):
+    empty = world.samples(8)
+    empty[2].conversations = [world.dialogue("what color is the shape?", "red")] * 30
+    write_split(home / "data" / "long", empty)
+    return ["data.train=[{path: long, weight: 1.0}]", "data.max_length=5"], r"sample square/\d.*max_length"
+
+
+def other_llm(home, tmp_path):
+    other = world.make(tmp_path / "other", seed=1)
+    return ["stage=finetune", "init_from=PRETRAINED", f"llm.path={other}/llm"], r"was trained with another llm"
+
+
+CASES = {
+    "unknown key": lambda *_: (["generator.rnak=4"], r"unknown configuration key `generator\.rnak`; did you mean"),
+    "wrong type": lambda *_: (["generator.rank=many"], r"`generator\.rank`"),
+    "rank too large": lambda *_: (["generator.rank=999"], r"generator\.rank=999 is above the width"),
+    "missing checkpoint": lambda *_: (["stage=finetune", "init_from=nowhere"], r"nowhere has no finished export"),
+    "missing model": lambda *_: (["llm.path=./nowhere"], r"llm\.path=\./nowhere: no such folder"),
+    "missing data": lambda *_: (["data.train=[{path: nowhere, weight: 1.0}]"], r"nowhere"),
+    "unreadable image": unreadable_image,
+    "too long": no_target,
+    "other llm": other_llm,
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_mistakes_end_in_one_line_and_a_code(case, home, pretrained, tmp_path):
+    extra, message = CASES[case](home, tmp_path)
+    extra = [value.replace("PRETRAINED", str(pretrained)) for value in extra]
+    done = world.train(world.overrides(home, tmp_path / "run", "stage.steps=4", "launch.workers=1", *extra))
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
+    import re
+
+    assert re.search(message, errors[0]), errors[0]
+
+
+def test_the_same_run_dir_with_another_configuration_is_refused(home, pretrained):
+    done = world.train(world.overrides(home, pretrained, f"stage.steps={STEPS}", "generator.rank=2"))
+    assert done.returncode == 2
+    assert "holds a run with" in done.stderr
+
+
+def test_no_room_on_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    import torch
+
+    from train import checkpoint
+
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    engine = SimpleNamespace(model=torch.nn.Linear(100, 100), device=torch.device("cpu"))
+    with pytest.raises(checkpoint.CheckpointError, match=r"no room on disk.*GB needed.*earlier checkpoints"):
+        checkpoint._check_room(engine, tmp_path)
+
+
+def test_metrics_hold_what_the_run_promises(pretrained):
+    records = read_metrics(pretrained)
+    first = records[0]
+    for key in ("loss", "grad_norm", "samples_per_s", "tokens_per_s", "lr/connector", "lr/heads", "lr/output_factors",
+                "image_share", "delta_ratio/mean", "delta_ratio/0.q", "memory/host_gib", "tflops_per_s_per_rank",
+                "supervised_fraction"):  # fmt: skip
+        assert key in first, key
+    assert first["delta_ratio/mean"] == 0 and records[-1]["delta_ratio/mean"] > 0
+    record = json.loads((pretrained / "run.json").read_text())
+    assert record["git_commit"] and record["versions"]["torch"]
