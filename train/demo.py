@@ -141,9 +141,10 @@ def _connector(connector: str, arguments: argparse.Namespace, steps: Steps, out:
     for stage, run in runs.items():
         init = [] if stage == "pretrain" else [f"init_from={runs['pretrain']}"]
         steps.run(f"{stage} {connector}", "train", f"stage={stage}", f"run_dir={run}", *init, *common)
-    limit = [f"max_samples={arguments.questions}"] if arguments.questions else []
     evaluation = {}
-    for images in ("real", "shuffled"):
+    # Half as many questions tell whether the control falls to the floor.
+    for images, questions in (("real", arguments.questions), ("shuffled", arguments.questions // 2)):
+        limit = [f"max_samples={questions}"] if questions else []
         name = f"evaluate {connector}" + ("" if images == "real" else ", wrong image")
         steps.run(name, "train.evaluate", f"run={runs['finetune']}", f"images={images}", *limit)
         evaluation[images] = json.loads((runs["finetune"] / "evaluation" / f"test-{images}.json").read_text())

@@ -7,6 +7,7 @@ UTS and mount namespace of its own, where its host name is `n1`, `n2`, ... and /
 from __future__ import annotations
 
 import os
+import random
 import re
 import shutil
 import signal
@@ -55,6 +56,8 @@ PreemptMode=REQUEUE
 JobRequeue=1
 KillWait=30
 MinJobAge=3600
+# Two clusters side by side have nodes, and so control groups, of the same names; jobs must not share one.
+FirstJobId={first_job}
 ReturnToService=2
 SlurmctldTimeout=30
 SlurmdTimeout=60
@@ -111,6 +114,7 @@ class Cluster:
                 user=subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip(),
                 root=self.root,
                 port=port,
+                first_job=random.randrange(1, 60_000) * 1000,
                 first=port + 1,
                 last=port + self.nodes,
                 count=self.nodes,

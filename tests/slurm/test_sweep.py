@@ -45,7 +45,12 @@ def test_render_only(site: Site, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_by_two_sweep_and_its_report(site: Site) -> None:
     folder = site.folder / "sweep"
-    launcher = ["hydra/launcher=slurm", "hydra.launcher.nodes=2", "hydra.launcher.tasks_per_node=1"]
+    launcher = [
+        "hydra/launcher=slurm",
+        "hydra.launcher.nodes=2",
+        "hydra.launcher.tasks_per_node=1",
+        "hydra.launcher.throttle=2",
+    ]
     options = f"+hydra.launcher.sbatch={{{CPU},output:{site.folder}/sweep-%a.log}}"
     points = ["generator.rank=4,8", "generator.num_blocks=1,2", "stage.steps=3", f"hydra.sweep.dir={folder}"]
     done = train(site, "train", "-m", *launcher, options, *site.overrides, *points)
