@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint clean compare sweep
+.PHONY: demo compare sweep test test-slurm lint clean
 
 demo: $(VENV)/.installed          ## prepare, pretrain, finetune, evaluate, report (OUT=dir)
 	$(BIN)/python -m train.demo --out $(OUT) --connectors $(CONNECTORS)
@@ -18,7 +18,19 @@ test: $(VENV)/.test-installed     ## all tests
 	$(BIN)/python -m data_prep.parts
 	$(BIN)/python -m data_prep source=easy_vqa
 	$(BIN)/python -m data_prep.tiny_llm
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m "not slurm" $(ARGS)
+
+# Needs Debian's packages slurmctld slurmd slurm-client munge; starts a cluster of two nodes on this machine.
+test-slurm: $(VENV)/.test-installed   ## the batch scripts on a real SLURM
+	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
+
+sweep: $(VENV)/.installed         ## a 2 x 2 sweep over rank and blocks with the tiny LLM, and its report
+	$(BIN)/python -m data_prep.parts
+	$(BIN)/python -m data_prep source=easy_vqa
+	$(BIN)/python -m data_prep.tiny_llm
+	$(BIN)/python -m train -m llm=tiny generator.rank=4,16 generator.num_blocks=1,2 stage.steps=20 \
+		hydra.sweep.dir=outputs/sweep
+	$(BIN)/python -m train.sweep_report outputs/sweep
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

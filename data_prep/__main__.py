@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_prep import config
 from data_prep.prepare import prepare
-from train.errors import run_cli
+from model.errors import run_cli
 
 
 def main() -> int:

@@ -14,6 +14,7 @@ MAX_PIXELS = 178_956_970
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "JPEG2000")
 """Pillow readers that untrusted bytes may reach; others (EPS runs Ghostscript) are refused."""
+Image.init()  # or naming a reader that Pillow has not loaded yet is a KeyError
 
 ORIENTATION = 0x0112
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from data_prep.errors import DataError
-from train.errors import run_cli
+from model.errors import run_cli
 
 CONVERSION = 1
 """Version of the converted folders; raise it when a conversion changes, and every cache is made anew."""

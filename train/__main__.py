@@ -18,10 +18,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from model.errors import report_errors, run_cli
 from train import config as configuration
 from train import launch, run_dir, sweep
 from train.distributed import quiet
-from train.errors import report_errors, run_cli
 
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
 

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from model.errors import UserError
 from train import distributed
-from train.errors import UserError
 
 if TYPE_CHECKING:  # DeepSpeed takes seconds to import and evaluation has no need of it
     from train.engine import Engine
@@ -175,6 +175,7 @@ def _publish(root: Path, temporary: str, name: str, progress: Progress, identity
         "files": sizes,
     }
     write_atomically(folder / "COMPLETE", json.dumps(record, indent=1))
+    shutil.rmtree(root / name, ignore_errors=True)  # half deleted or damaged; a complete one was never written again
     os.replace(folder, root / name)
     _sync(root)
     write_atomically(root / "latest", name + "\n")

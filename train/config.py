@@ -17,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from model.config import ConnectorConfig, GeneratorConfig, LLMConfig, ModelConfig, VisionConfig, parse_types
+from model.errors import UserError
 from train.data import DataConfig
-from train.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Of `engine.precision`."""

@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from train.errors import UserError, run_cli
+from model.errors import UserError, run_cli
 
 _CODE = Path(__file__).resolve().parents[1]
 

@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from train.errors import UserError
+from model.errors import UserError
 
 # torchrun's names and SLURM's for the same things; torchrun's win, so one program serves both.
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}

@@ -15,9 +15,9 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
+from model.errors import UserError
 from model.vlm import VisionLanguageModel
 from train.config import OptimConfig, RunConfig, StageConfig
-from train.errors import UserError
 
 
 def deepspeed_config(config: RunConfig, world_size: int, accumulation: int) -> dict[str, Any]:

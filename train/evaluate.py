@@ -28,6 +28,7 @@ from transformers import AutoTokenizer
 
 from data_prep.easy_vqa import answer_type
 from data_prep.schema import Split
+from model.errors import run_cli
 from model.loading import fingerprint
 from model.vlm import VisionLanguageModel, build_model
 from train import config as configuration
@@ -35,7 +36,6 @@ from train import distributed, scoring
 from train.checkpoint import write_atomically
 from train.config import DTYPES, ConfigError, RunConfig
 from train.data import EvalLoader, load_preprocessor, make_text, open_split
-from train.errors import run_cli
 from train.export import exported_llm, load_connector
 from train.scoring import Question
 

@@ -12,8 +12,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig as ElasticConfig
 from torch.distributed.launcher.api import elastic_launch
 
+from model.errors import UserError
 from train.config import RunConfig
-from train.errors import UserError
 
 _CODE = Path(__file__).resolve().parents[1]
 

@@ -12,6 +12,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from model.errors import UserError
 from model.placement import Site
 from model.weights import PerceptualWeights
 from train import checkpoint, distributed
@@ -19,7 +20,6 @@ from train.checkpoint import Progress
 from train.config import RunConfig
 from train.data import EvalLoader, TrainLoader
 from train.engine import Engine
-from train.errors import UserError
 from train.flops import FlopCounter, peak_flops
 from train.signals import StopRequest
 from train.timing import StepTimer

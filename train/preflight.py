@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train.errors import UserError, run_cli
+from model.errors import UserError, run_cli
 
 MIN_FREE_GIB = 20.0
 MAX_SKEW_SECONDS = 2.0

@@ -20,9 +20,9 @@ from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from model.errors import UserError
 from train import config as configuration
 from train.config import RunConfig
-from train.errors import UserError
 
 _CODE = Path(__file__).resolve().parents[1]
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "hydra-core", "wandb", "safetensors", "triton")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.errors import UserError
+from model.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 

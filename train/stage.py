@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
 
 from model.connectors import FeatureNorm
+from model.errors import UserError
 from model.loading import fingerprint
 from model.vision import build_vision
 from model.vlm import VisionLanguageModel, build_model
@@ -23,9 +24,8 @@ from train import checkpoint, distributed, samples
 from train.checkpoint import Progress
 from train.config import DTYPES, RunConfig, accumulation
 from train.data import EvalLoader, TrainLoader, ensure_feature_cache, load_preprocessor, make_text, open_split
-from train.data.collate import ImageInput
+from train.data.collate import ImageInput, dummy_image
 from train.engine import Engine, deepspeed_config, freeze
-from train.errors import UserError
 from train.export import export, exported_llm, load_connector
 from train.flops import FlopCounter
 from train.loop import Loop
@@ -177,15 +177,19 @@ def _measure_features(engine: Engine, loader: TrainLoader, image: ImageInput, im
     rank, world = distributed.rank(), distributed.world_size()
     split = loader.splits[0]
     count = min(images, len(split)) // world * world
+    dummy = dummy_image(image)
     total = torch.zeros(2, len(norm.mean), dtype=torch.float64)
     seen = 0
     for index in range(rank, count, world):
         sample = split[index * len(split) // count]
-        # A text-only sample still runs the encoder: ZeRO-3 needs every rank in step.
-        pixels = image(sample.images[0]) if sample.images else torch.zeros(3, 1, 1)
+        try:
+            # A text-only sample still runs the encoder: ZeRO-3 needs every rank in step.
+            pixels = image(sample.images[0]) if sample.images else dummy
+        except ValueError as error:  # ImageError, DataError
+            raise UserError(f"{split.shard_of(index * len(split) // count)}: sample {sample.id}: {error}") from error
         with torch.no_grad():
-            features = engine.model.encode(pixels[None].to(engine.device)) if sample.images else None
-        if features is not None:
+            features = engine.model.encode(pixels[None].to(engine.device))
+        if sample.images:
             flat = features.double().flatten(0, 1).cpu()
             total += torch.stack([flat.sum(0), flat.square().sum(0)])
             seen += len(flat)

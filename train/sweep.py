@@ -28,8 +28,8 @@ from hydra.core.utils import JobReturn
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from model.errors import UserError
 from train import slurm
-from train.errors import UserError
 
 MANIFEST = "manifest.jsonl"
 JOBS = "jobs.json"

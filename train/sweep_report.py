@@ -20,9 +20,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from model.errors import UserError, run_cli
 from train import config as configuration
 from train import slurm, sweep
-from train.errors import UserError, run_cli
 from train.tracking import read_metrics
 
 _COLUMNS = (

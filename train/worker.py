@@ -41,6 +41,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from train.errors import run_cli
+    from model.errors import run_cli
 
     run_cli(main)

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from model.batch import Batch
+from model.errors import UserError
 from tests.model import parts
 from train import distributed
 from train.config import RunConfig, StageConfig, TrainedParts
 from train.engine import Engine, freeze
-from train.errors import UserError
 
 device = distributed.init(timeout_minutes=1)
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters  # noqa: E402
