@@ -39,9 +39,9 @@ lint: $(VENV)/.installed
 clean:                            ## remove the environment, caches and outputs
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache outputs multirun
 
+# torch first: DeepSpeed's build looks for it.
 $(VENV)/.installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	# torch first: DeepSpeed's build looks for it.
 	$(BIN)/pip install --quiet --no-compile $$(grep -o '^torch==[^ ]*' requirements.txt)
 	$(BIN)/pip install --quiet --no-compile -r requirements.txt
 	touch $@

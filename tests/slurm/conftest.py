@@ -21,6 +21,13 @@ Losses = list[tuple[int, float]]
 """(step, loss) of a run, in the order of its file."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever needs the cluster is marked `slurm`, directly or through another fixture."""
+    for item in items:
+        if "cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slurm)
+
+
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two fake 8xA100 nodes."""
