@@ -23,7 +23,7 @@ _COLORS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")
 
 def stage_figures(run: Path) -> dict[str, Any]:
     """Speed and size of one stage, from its metrics: medians over the steps after the first two (warm-up)."""
-    records = read_metrics(run)
+    records = _steps(run)
     steady = records[2:] or records
     system = [r for r in records if "memory/host_gib" in r]
 
@@ -55,7 +55,7 @@ def plot_losses(runs: dict[str, dict[str, Path]], file: Path) -> None:
     figure, axes = plt.subplots(1, len(stages), figsize=(5 * len(stages), 3.5), squeeze=False)
     for axis, stage in zip(axes[0], stages, strict=True):
         for (connector, paths), color in zip(runs.items(), _COLORS, strict=False):
-            records = read_metrics(paths[stage])
+            records = _steps(paths[stage])
             steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
             axis.plot(steps, losses, color=color, alpha=0.3, linewidth=1)
             axis.plot(steps, _smooth(losses), color=color, label=connector)
@@ -193,6 +193,11 @@ def run_identity(run: Path) -> dict[str, Any]:
     """Commit and versions of a run."""
     record = read_record(run)
     return {"git_commit": record["git_commit"], "git_dirty": record["git_dirty"], "versions": record["versions"]}
+
+
+def _steps(run: Path) -> list[dict[str, Any]]:
+    """Records of training steps; the validation loss is a record of its own."""
+    return [record for record in read_metrics(run) if "loss" in record]
 
 
 def _row(head: str, cells: list[str]) -> str:
