@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 MAX_PIXELS = 178_956_970
 """Largest accepted area: a quarter of a gigapixel-sized RGB buffer, Pillow's own bomb limit at its error level."""
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 """Pillow readers that untrusted bytes may reach; others (EPS runs Ghostscript) are refused."""
 Image.init()  # or naming a reader that Pillow has not loaded yet is a KeyError
 
