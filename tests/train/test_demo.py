@@ -28,8 +28,9 @@ def test_it_learns_to_see(out):
     evaluation = summary["connectors"]["vlora"]["evaluation"]
     real, wrong = evaluation["real"]["accuracy"], evaluation["shuffled"]["accuracy"]
     floor = summary["blind_floor"]
-    assert real["shape"]["percent"] > 80 and real["color"]["percent"] > 60
-    assert real["overall"]["percent"] > floor["overall"]["percent"] + 8
+    # Measured: 98.6, 98.7 and 92.9; the margin is for other machines' rounding.
+    assert real["shape"]["percent"] > 90 and real["color"]["percent"] > 85
+    assert real["overall"]["percent"] > 85
     for kind in ("shape", "color"):
         assert wrong[kind]["low"] < floor[kind]["percent"] + 10
         assert wrong[kind]["percent"] < real[kind]["percent"] - 30
