@@ -112,8 +112,9 @@ class EngineConfig:
         precision: `fp32` or `bf16` (fp32 master weights and gradient accumulation).
         micro_batch_size: Samples per rank and forward pass; null: the rank's whole share of the batch.
         gradient_checkpointing: Recompute the decoder layers in the backward pass (non-reentrant).
-        overlap_comm, reduce_bucket_size, prefetch_bucket_size, persistence_threshold, max_live_parameters: ZeRO-3's
-            settings of these names; sizes in elements.
+        overlap_comm, reduce_bucket_size, prefetch_bucket_size, persistence_threshold, max_live_parameters,
+            sub_group_size: ZeRO-3's settings of these names; sizes in elements.
+        reduce_scatter: Reduce gradients by reduce-scatter; false: by all-reduce, each rank keeping its part.
         offload_optimizer: Keep optimizer state in host memory.
         timeout_minutes: A collective that takes longer ends the run.
         max_skipped_steps: Consecutive steps with a non-finite gradient after which the run ends.
@@ -125,10 +126,12 @@ class EngineConfig:
     micro_batch_size: int | None = None
     gradient_checkpointing: bool = False
     overlap_comm: bool = True
+    reduce_scatter: bool = True
     reduce_bucket_size: int = 50_000_000
     prefetch_bucket_size: int = 50_000_000
     persistence_threshold: int = 100_000
     max_live_parameters: int = 1_000_000_000
+    sub_group_size: int = 1_000_000_000
     offload_optimizer: bool = False
     timeout_minutes: float = 30.0
     max_skipped_steps: int = 5

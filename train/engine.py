@@ -37,6 +37,7 @@ def deepspeed_config(config: RunConfig, world_size: int, accumulation: int) -> d
         "zero_optimization": {
             "stage": engine.zero_stage,
             "overlap_comm": engine.overlap_comm,
+            "reduce_scatter": engine.reduce_scatter,
             "contiguous_gradients": True,
             "reduce_bucket_size": engine.reduce_bucket_size,
         },
@@ -46,6 +47,7 @@ def deepspeed_config(config: RunConfig, world_size: int, accumulation: int) -> d
             "stage3_prefetch_bucket_size": engine.prefetch_bucket_size,
             "stage3_param_persistence_threshold": engine.persistence_threshold,
             "stage3_max_live_parameters": engine.max_live_parameters,
+            "sub_group_size": engine.sub_group_size,
         }
     if engine.offload_optimizer:
         ds["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -179,6 +181,10 @@ class Engine:
         for name, buffer in buffers.items():
             owner, _, leaf = name.rpartition(".")
             model.connector.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
+        if persistent := getattr(self._ds.optimizer, "persistent_parameters", None):
+            # DeepSpeed gathers these anew after every step, the frozen ones too, which no step changes: with a frozen
+            # LLM kept whole that was a sixth of a step.
+            self._ds.optimizer.persistent_parameters = [p for p in persistent if p.requires_grad]
         self.group_names = [g["name"] for g in groups]
         self.world_size = world
         self._skipped = 0

@@ -26,7 +26,6 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from data_prep.easy_vqa import answer_type
 from data_prep.schema import Split
 from model.errors import run_cli
 from model.loading import fingerprint
@@ -177,14 +176,14 @@ def _write(
     questions = [Question(r["sample"], r["question"], r["answer"]) for r in records]
     predictions = [r["prediction"] for r in records]
     for record in records:
-        record["type"] = answer_type(record["answer"])
+        record["type"] = scoring.answer_type(record["answer"])
         record["right"] = scoring.normalise(record["prediction"]) == scoring.normalise(record["answer"])
-    result = scoring.accuracy(questions, predictions, answer_type)
+    result = scoring.accuracy(questions, predictions)
     training = training_questions(config)
     if not training:
         print(f"{run} trained on captions only: no blind floor, and questions are new to the model", file=sys.stderr)
     blind = scoring.blind_predictions(questions, training) if training else [""] * len(questions)
-    floor = scoring.accuracy(questions, blind, answer_type)
+    floor = scoring.accuracy(questions, blind)
     folder = run / "evaluation"
     folder.mkdir(exist_ok=True)
     name = f"{options.split.replace('/', '-')}-{options.images}"

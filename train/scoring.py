@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+
+from data_prep import easy_vqa
+from data_prep.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,16 @@ def normalise(answer: str) -> str:
     return answer.strip().removesuffix(".").strip().casefold()
 
 
-def accuracy(
-    questions: list[Question], predictions: list[str], answer_type: Callable[[str], str]
-) -> dict[str, Accuracy]:
+def answer_type(answer: str) -> str:
+    """Kind of a reference answer: easy-VQA's `shape`, `color` and `yesno`; of others `number` or `other`, as in VQAv2."""
+    text = normalise(answer)
+    try:
+        return easy_vqa.answer_type(text)
+    except DataError:
+        return "number" if text.isdigit() else "other"
+
+
+def accuracy(questions: list[Question], predictions: list[str]) -> dict[str, Accuracy]:
     """Accuracy per answer type and `overall`."""
     right: dict[str, int] = defaultdict(int)
     count: dict[str, int] = defaultdict(int)

@@ -120,33 +120,46 @@ def gradient_equality(results: dict) -> None:
                 engine.deepspeed.destroy()
 
 
-def trajectory(results: dict) -> None:
+TRAJECTORIES = {
+    "partitioned": ("finetune", {}),
+    # The demo's settings: parameters kept whole, all-reduce in small buckets, the step in sub-groups.
+    "kept_whole": ("finetune", DEMO := {"persistence_threshold": 10**6, "reduce_scatter": False,
+                                        "reduce_bucket_size": 3000, "sub_group_size": 2000}),
+    "frozen_kept_whole": ("pretrain", DEMO),
+}  # fmt: skip
+
+
+def trajectories(results: dict) -> None:
     """Three AdamW steps, image - text only - image, with clipping and accumulation, against plain torch."""
-    micro_steps = 4 // WORLD // 2 if WORLD == 1 else 2
-    reference = parts.build(parts.config())
-    model, config = copy.deepcopy(reference), configuration("finetune", micro=4 // WORLD // micro_steps, clip=0.5)
-    config.optim.schedule, config.optim.warmup_ratio = "constant", 0.0
-    for m in (reference, model):
-        freeze(m, config.stage)
-    reference.train()
-    trained = [p for p in reference.parameters() if p.requires_grad]
-    # A large eps: Adam with the usual one turns rounding in tiny gradients into full steps.
-    optimizer = torch.optim.AdamW(trained, lr=1e-2, betas=(0.9, 0.999), eps=1e-3, weight_decay=0.0)
-    config.optim.eps = 1e-3
-    engine = Engine(model, config, total_steps=10, accumulation=micro_steps)
-    norms = []
-    for seed, images in enumerate([[0, 1, 2, 3], [], [0, 1]]):
-        batch = global_batch(images, seed)
-        optimizer.zero_grad()
-        (reference(batch).loss_sum / batch.n_targets).backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained, 0.5).item()
-        optimizer.step()
-        norms.append(abs(step(engine, batch, micro_steps).grad_norm / norm - 1))
-    ours = {n: safe_get_full_fp32_param(p) for n, p in engine.model.named_parameters() if p.requires_grad}
-    theirs = {n: p.detach() for n, p in reference.named_parameters() if p.requires_grad}
-    results["trajectory/weights"] = max((ours[n] - t).abs().max().item() for n, t in theirs.items())
-    results["trajectory/grad_norm"] = max(norms)
-    engine.deepspeed.destroy()
+    for name, (stage, settings) in TRAJECTORIES.items():
+        micro_steps = 4 // WORLD // 2 if WORLD == 1 else 2
+        reference = parts.build(parts.config())
+        model, config = copy.deepcopy(reference), configuration(stage, micro=4 // WORLD // micro_steps, clip=0.5)
+        config.optim.schedule, config.optim.warmup_ratio = "constant", 0.0
+        for key, value in settings.items():
+            setattr(config.engine, key, value)
+        for m in (reference, model):
+            freeze(m, config.stage)
+        reference.train()
+        trained = [p for p in reference.parameters() if p.requires_grad]
+        # A large eps: Adam with the usual one turns rounding in tiny gradients into full steps.
+        optimizer = torch.optim.AdamW(trained, lr=1e-2, betas=(0.9, 0.999), eps=1e-3, weight_decay=0.0)
+        config.optim.eps = 1e-3
+        engine = Engine(model, config, total_steps=10, accumulation=micro_steps)
+        norms = []
+        text_only = [] if stage == "finetune" else [2]  # a frozen LLM has nothing to learn from text
+        for seed, images in enumerate([[0, 1, 2, 3], text_only, [0, 1]]):
+            batch = global_batch(images, seed)
+            optimizer.zero_grad()
+            (reference(batch).loss_sum / batch.n_targets).backward()
+            norm = torch.nn.utils.clip_grad_norm_(trained, 0.5).item()
+            optimizer.step()
+            norms.append(abs(step(engine, batch, micro_steps).grad_norm / norm - 1))
+        ours = {n: safe_get_full_fp32_param(p) for n, p in engine.model.named_parameters() if p.requires_grad}
+        theirs = {n: p.detach() for n, p in reference.named_parameters() if p.requires_grad}
+        results[f"trajectory/{name}/weights"] = max((ours[n] - t).abs().max().item() for n, t in theirs.items())
+        results[f"trajectory/{name}/grad_norm"] = max(norms)
+        engine.deepspeed.destroy()
 
 
 def frozen_parts_stay(results: dict) -> None:
@@ -226,7 +239,7 @@ def nan_steps(results: dict) -> None:
 
 def main() -> None:
     results: dict = {"world": WORLD}
-    for case in (gradient_equality, trajectory, frozen_parts_stay, stale_gradients, nan_steps):
+    for case in (gradient_equality, trajectories, frozen_parts_stay, stale_gradients, nan_steps):
         case(results)
     if RANK == 0:
         print("RESULTS " + json.dumps(results), flush=True)

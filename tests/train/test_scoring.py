@@ -1,7 +1,6 @@
 import pytest
 
-from data_prep.easy_vqa import answer_type
-from train.scoring import Accuracy, Question, accuracy, blind_predictions, normalise, wilson
+from train.scoring import Accuracy, Question, accuracy, answer_type, blind_predictions, normalise, wilson
 
 
 def test_wilson_against_published_values():
@@ -13,10 +12,15 @@ def test_wilson_against_published_values():
 
 def test_accuracy_is_counted_per_answer_type():
     questions = [Question("a", "q", answer) for answer in ("red", "blue", "circle", "yes")]
-    result = accuracy(questions, ["Red.", "green", " circle", "no"], answer_type)
+    result = accuracy(questions, ["Red.", "green", " circle", "no"])
     assert list(result) == ["color", "shape", "yesno", "overall"]
     assert result["color"].percent == 50 and result["color"].count == 2
     assert result["overall"] == Accuracy.of(2, 4)
+
+
+def test_answers_of_other_data_sets_have_vqav2_types():
+    kinds = {"Yes": "yesno", "red.": "color", "circle": "shape", "12": "number", "a brown dog": "other", "": "other"}
+    assert {answer: answer_type(answer) for answer in kinds} == kinds
 
 
 def test_blind_predictions_use_training_only():
