@@ -18,10 +18,13 @@ class LLMConfig:
         attn_implementation: `eager`, `sdpa` or `flash_attention_2`, as transformers names them.
         architecture: The Hugging Face config of the expected model, as a dictionary with `model_type`. Lets the model
             be built on the meta device without its weights; weights of another shape are refused.
+        pack_tokens: Train without padding: the dialogues of a micro-batch stand end to end in rows of at most so many
+            tokens (one row with `flash_attention_2`), each seeing only itself; null: one padded row per dialogue.
     """
 
     path: str = "???"
     attn_implementation: str = "sdpa"
+    pack_tokens: int | None = None
     architecture: dict[str, Any] | None = None
 
 

@@ -14,6 +14,7 @@ from model.config import ModelConfig
 from model.connectors import Conditioning, Connector, build_connector
 from model.injection import inject, pinned
 from model.loading import build_llm
+from model.packing import Packing
 from model.placement import Placement, place
 from model.vision import VisionEncoder, build_vision
 from model.weights import PerceptualWeights
@@ -27,11 +28,15 @@ class Output:
         loss_sum: Cross-entropy summed over the supervised tokens, nats, fp32 scalar.
         n_targets: How many those were.
         weights: The perceptual weights used (connector `vlora`), for logging.
+        positions: Positions the decoder computed, padding included.
+        tokens: How many of them were tokens, visual ones included; int64 scalar.
     """
 
     loss_sum: Tensor
     n_targets: int
     weights: PerceptualWeights | None
+    positions: int
+    tokens: Tensor
 
 
 class VisionLanguageModel(nn.Module):
@@ -39,14 +44,22 @@ class VisionLanguageModel(nn.Module):
 
     The language model's input holds the text only with the connector `vlora`; with the others the visual tokens stand
     in front of it. Text positions count the tokens that are really there, so padding never moves them.
+
+    Args:
+        pack_tokens: `LLMConfig.pack_tokens`.
     """
 
     def __init__(
-        self, vision: VisionEncoder | None, connector: Connector, llm: PreTrainedModel, placement: Placement | None
+        self,
+        vision: VisionEncoder | None,
+        connector: Connector,
+        llm: PreTrainedModel,
+        placement: Placement | None,
+        pack_tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.vision, self.connector, self.llm = vision, connector, llm
-        self.placement = placement
+        self.placement, self.pack_tokens = placement, pack_tokens
 
     def encode(self, images: Tensor) -> Tensor:
         """Pixels [I, 3, H, W] -> features [I, P, V]; cached features pass through."""
@@ -66,12 +79,32 @@ class VisionLanguageModel(nn.Module):
         """
         conditioning = self.condition(batch)
         inputs, offset = self._llm_inputs(batch, conditioning)
-        hidden = self.llm.get_decoder()(**inputs, use_cache=False).last_hidden_state[:, offset:]
+        tokens = inputs["attention_mask"].sum()
+        packing = self._pack(inputs, batch) if self.pack_tokens else None
+        hidden = self.llm.get_decoder()(**inputs, use_cache=False).last_hidden_state
+        positions = hidden.shape[0] * hidden.shape[1]
         targets = batch.labels[:, 1:]
         supervised = targets != IGNORE
-        logits = self._logits(hidden[:, :-1][supervised])
-        loss = nn.functional.cross_entropy(logits.float(), targets[supervised], reduction="sum")
-        return Output(loss, int(supervised.sum()), conditioning.weights)
+        if packing is None:
+            hidden = hidden[:, offset:][:, :-1][supervised]
+        else:
+            hidden = hidden.flatten(0, 1)[packing.target[:, offset:][:, :-1][supervised]]
+        loss = nn.functional.cross_entropy(self._logits(hidden).float(), targets[supervised], reduction="sum")
+        return Output(loss, int(supervised.sum()), conditioning.weights, positions, tokens)
+
+    def _pack(self, inputs: dict, batch: Batch) -> Packing:
+        """Replace padded keywords of the decoder's forward by packed ones."""
+        mask = inputs.pop("attention_mask")
+        # FlashAttention-2 is told of the segments only where they all stand in one row.
+        one_row = self.llm.config._attn_implementation == "flash_attention_2"
+        packing = Packing.of(mask.cpu(), None if one_row else self.pack_tokens).to(mask.device)
+        inputs["position_ids"] = packing.position_ids
+        for name in ("input_ids", "inputs_embeds"):
+            if name in inputs:
+                inputs[name] = packing.pack(inputs[name])
+        if "perceptual_weights" in inputs:
+            inputs["perceptual_weights"] = inputs["perceptual_weights"].for_rows(packing.rows(batch.rows))
+        return packing
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, pad_token_id: int, eos_token_id: int) -> Tensor:
@@ -148,4 +181,4 @@ def build_model(
         connector = build_connector(config, placement, sizes.num_patches, sizes.feature_width, hidden_size)
     if placement is not None:
         inject(llm, placement)
-    return VisionLanguageModel(encoder, connector, llm, placement)
+    return VisionLanguageModel(encoder, connector, llm, placement, config.llm.pack_tokens)

@@ -118,18 +118,20 @@ class Loop:
         if targets == 0:
             raise UserError(f"step {self.progress.step + 1} has no target token on any rank; look at data.on_too_long")
         lr = engine.learning_rates()
-        loss_sum, output = 0.0, None
+        loss_sum, positions, computed, output = 0.0, 0, 0, None
         for batch in batches:
             with self.timer.phase("forward"):
                 output = engine.forward(batch.to(device))
             with self.timer.phase("backward"):
                 engine.backward(output.loss_sum, targets)
             loss_sum += output.loss_sum.item()
+            positions, computed = positions + output.positions, computed + output.tokens.item()
             with self.timer.phase("optimizer"):
                 engine.micro_step()
         result = engine.result()
         # A NaN on one rank must show, not the finite loss of rank 0.
-        loss = distributed.reduce([loss_sum], device)[0] / targets
+        loss, positions, computed = distributed.reduce([loss_sum, positions, computed], device)
+        loss /= targets
         seconds = time.perf_counter() - started
 
         progress = self.progress
@@ -150,7 +152,8 @@ class Loop:
             "tokens_per_s": tokens / seconds,
             "seconds": progress.seconds,
             "supervised_fraction": targets / tokens,
-            "padding_fraction": 1 - tokens / padded,
+            "padding_fraction": 1 - computed / positions,
+            "padding_fraction_of_rows": 1 - tokens / padded,  # what it is without llm.pack_tokens
             **{f"lr/{name}": value for name, value in lr.items()},
             **{f"time/{name}": value for name, value in self.timer.take().items()},
         }

@@ -62,7 +62,7 @@ def normalise(answer: str) -> str:
 
 
 def answer_type(answer: str) -> str:
-    """Kind of a reference answer: easy-VQA's `shape`, `color` and `yesno`; of others `number` or `other`, as in VQAv2."""
+    """Kind of a reference answer: easy-VQA's `shape`, `color`, `yesno`; of others `number` or `other`, as in VQAv2."""
     text = normalise(answer)
     try:
         return easy_vqa.answer_type(text)

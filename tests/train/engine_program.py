@@ -126,6 +126,7 @@ TRAJECTORIES = {
     "kept_whole": ("finetune", DEMO := {"persistence_threshold": 10**6, "reduce_scatter": False,
                                         "reduce_bucket_size": 3000, "sub_group_size": 2000}),
     "frozen_kept_whole": ("pretrain", DEMO),
+    "packed": ("finetune", {"pack_tokens": 10}),
 }  # fmt: skip
 
 
@@ -137,7 +138,7 @@ def trajectories(results: dict) -> None:
         model, config = copy.deepcopy(reference), configuration(stage, micro=4 // WORLD // micro_steps, clip=0.5)
         config.optim.schedule, config.optim.warmup_ratio = "constant", 0.0
         for key, value in settings.items():
-            setattr(config.engine, key, value)
+            setattr(model if key == "pack_tokens" else config.engine, key, value)
         for m in (reference, model):
             freeze(m, config.stage)
         reference.train()
