@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -113,13 +114,27 @@ def digest(value: Any) -> str:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Write ``file`` so that a reader sees the old text or the new, never a part."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with temporary.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+    """Write ``file`` so that a reader, or the next boot, sees the old text or the new, never a part."""
+    # A name of its own for each writer: the tasks of a job array may write the same file at the same time.
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("w") as stream:
+            stream.write(text)
+        sync(temporary)
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(file.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class ShardWriter:
@@ -197,8 +212,7 @@ class ShardWriter:
         receipt.bytes = self._temporary.stat().st_size
         receipt.sha256 = file_sha256(self._temporary)
         receipt.content = self._content.hexdigest()
-        with self._temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
+        sync(self._temporary)
         self._temporary.replace(self.folder / receipt.file)
         write_atomically(self.folder / f"{self.stem}.json", json.dumps(asdict(receipt), indent=1) + "\n")
 

@@ -25,9 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data_prep.errors import DataError
 from data_prep.schema import Dialogue
-
-IGNORE = -100
-"""Label of a position that carries no loss (as in ``model.batch``)."""
+from model.batch import IGNORE
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

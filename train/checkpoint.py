@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from data_prep.schema import sync, write_atomically
 from model.errors import UserError
 from train import distributed
 
@@ -166,7 +167,7 @@ def _publish(root: Path, temporary: str, name: str, progress: Progress, identity
     folder = root / temporary
     sizes = {}
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-        _sync(file)
+        sync(file)
         sizes[str(file.relative_to(folder))] = file.stat().st_size
     record = {
         "progress": asdict(progress),
@@ -177,7 +178,7 @@ def _publish(root: Path, temporary: str, name: str, progress: Progress, identity
     write_atomically(folder / "COMPLETE", json.dumps(record, indent=1))
     shutil.rmtree(root / name, ignore_errors=True)  # half deleted or damaged; a complete one was never written again
     os.replace(folder, root / name)
-    _sync(root)
+    sync(root)
     write_atomically(root / "latest", name + "\n")
 
 
@@ -211,22 +212,3 @@ def _check_room(engine: Engine, root: Path) -> None:
             f"no room on disk for a checkpoint in {root}{detail}; free some or lower checkpoint.keep. "
             "The earlier checkpoints are untouched"
         )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's text so that a reader sees the old or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

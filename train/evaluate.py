@@ -26,13 +26,12 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from data_prep.schema import Split
+from data_prep.schema import Split, write_atomically
 from model.errors import run_cli
 from model.loading import fingerprint
 from model.vlm import VisionLanguageModel, build_model
 from train import config as configuration
 from train import distributed, scoring
-from train.checkpoint import write_atomically
 from train.config import DTYPES, ConfigError, RunConfig
 from train.data import EvalLoader, load_preprocessor, make_text, open_split
 from train.export import exported_llm, load_connector

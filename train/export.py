@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from data_prep.schema import write_atomically
 from model.config import ModelConfig
 from model.connectors import Connector
 from train import distributed
-from train.checkpoint import CheckpointError, write_atomically
+from train.checkpoint import CheckpointError
 
 if TYPE_CHECKING:  # DeepSpeed takes seconds to import and evaluation has no need of it
     from train.engine import Engine

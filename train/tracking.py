@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from data_prep.schema import write_atomically
 from train.config import RunConfig
 
 METRICS = "metrics.jsonl"
@@ -101,6 +102,4 @@ def _drop_after(path: Path, step: int) -> None:
                 kept.append(line)
         except ValueError:
             continue
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    os.replace(temporary, path)
+    write_atomically(path, "".join(f"{line}\n" for line in kept))

@@ -8,7 +8,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data_prep.errors import DataError
-from data_prep.templates import IGNORE, NAMES, VICUNA_SYSTEM, NoTargetError, TextEncoder, TooLongError
+from data_prep.templates import NAMES, VICUNA_SYSTEM, NoTargetError, TextEncoder, TooLongError
+from model.batch import IGNORE
 
 
 def dialogue(*texts, system=None):

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from data_prep.errors import DataError
 from data_prep.schema import Split, digest
-from data_prep.templates import IGNORE, Encoded, TextEncoder
-from model.batch import Batch
+from data_prep.templates import Encoded, TextEncoder
+from model.batch import IGNORE, Batch
 from train.data.collate import ImageInput, Piece, Text, collate, dummy_image, encode_sample
 from train.data.config import DataConfig
 from train.data.order import MixtureOrder, Permutation, draw_dialogues
