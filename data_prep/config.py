@@ -13,9 +13,9 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data_prep.easy_vqa import EasyVQA
 from data_prep.errors import DataError
 from data_prep.prepare import Options, Source, Task
+from data_prep.sources.easy_vqa import EasyVQA
 
 CONF = Path(__file__).resolve().parent.parent / "conf" / "data_prep"
 SOURCES: dict[str, type] = {"easy_vqa": EasyVQA}
@@ -51,11 +51,10 @@ class PrepareConfig:
         """
         values = dict(self.source)
         kind = SOURCES[values.pop("name")]
-        known = [f.name for f in fields(kind)]
-        for key in values:
-            if key not in known:
-                raise DataError(f"unknown configuration key source.{key}{_nearest(key, known)}")
-        return kind(**{key: Path(value) if key == "path" else value for key, value in values.items()})
+        try:
+            return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
+        except OmegaConfBaseException as error:
+            raise _explain(error, [f"source.{f.name}" for f in fields(kind)], "source.") from error
 
     def build_task(self) -> Task:
         """The configured task."""
@@ -87,11 +86,13 @@ def load(overrides: list[str]) -> PrepareConfig:
             raise _explain(error, _keys(OmegaConf.to_container(plain, resolve=False))) from error
 
 
-def _explain(error: Exception, known: list[str]) -> DataError:
+def _explain(error: Exception, known: list[str], prefix: str = "") -> DataError:
     text = str(error.__cause__ or error)
     key = getattr(error, "full_key", None) or getattr(error.__cause__, "full_key", None)
     if key is None and (match := re.search(r"[Kk]ey '([\w.]+)'", str(error))):
         key = match[1]
+    if key:
+        key = prefix + key
     if key and key not in known:
         return DataError(f"unknown configuration key {key}{_nearest(key, known)}")
     first = " ".join(text.split("\n")[0].split())

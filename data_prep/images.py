@@ -6,11 +6,17 @@ import io
 import struct
 import warnings
 import zlib
+from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from data_prep.errors import Defect
+
 MAX_PIXELS = 178_956_970
 """Largest accepted area: a quarter of a gigapixel-sized RGB buffer, Pillow's own bomb limit at its error level."""
+
+MAX_BYTES = 64 << 20
+"""Largest accepted image file."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 """Pillow readers that untrusted bytes may reach; others (EPS runs Ghostscript) are refused."""
@@ -19,20 +25,26 @@ Image.init()  # or naming a reader that Pillow has not loaded yet is a KeyError
 ORIENTATION = 0x0112
 
 
-class ImageError(ValueError):
-    """Bytes that are no sound image.
+class ImageError(Defect):
+    """An image file that is missing, or bytes that are no sound image; ``detail`` has the decoder's own words."""
 
-    Attributes:
-        reason: short and countable.
-        detail: the decoder's own words or the offending figure.
+
+def read_image(file: Path) -> bytes:
+    """Bytes of an image file.
+
+    Raises:
+        ImageError: missing, no file, or larger than ``MAX_BYTES``.
     """
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason, self.detail = reason, detail
-
-    def __reduce__(self):  # survives the way back from a worker process
-        return type(self), (self.reason, self.detail)
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
+    except FileNotFoundError as error:
+        raise ImageError("image missing", str(file)) from error
+    except OSError as error:
+        raise ImageError("image file unreadable", f"{file}: {error.strerror}") from error
+    if len(data) > MAX_BYTES:
+        raise ImageError("image file too large", f"{file}: above {MAX_BYTES} bytes")
+    return data
 
 
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -6,8 +6,10 @@ killed therefore redoes only its own unfinished shard, and a second run over fin
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from multiprocessing import get_context
@@ -19,20 +21,22 @@ from tqdm import tqdm
 from data_prep import schema
 from data_prep.errors import DataError
 from data_prep.images import MAX_PIXELS
-from data_prep.schema import Dropped, Sample, Shard
+from data_prep.schema import Count, Dropped, Sample, Shard
 from data_prep.verify import Verifier
+
+PLAN = "plan.json"
 
 
 class Source(Protocol):
-    """A data set that can be read in independent units."""
+    """A data set that can be read in independent units. Instances are small and travel to worker processes."""
 
     def made_from(self) -> dict[str, Any]:
-        """Everything the samples depend on, as JSON; a change makes the data anew."""
+        """What the samples depend on, as JSON; a change makes the data anew. Every task asks, so it must be quick."""
 
-    def units(self) -> dict[str, int]:
-        """Number of units (shards) of each split."""
+    def plan(self) -> dict[str, list[Any]]:
+        """The units of each split, every one a small JSON value for ``read``. Asked once; the result is kept."""
 
-    def read(self, split: str, unit: int) -> Iterator[Sample | Dropped]:
+    def read(self, split: str, unit: Any) -> Iterator[Sample | Dropped | Count]:
         """Samples of one unit, always the same and in the same order, and the records that could not be read."""
 
 
@@ -115,13 +119,15 @@ def prepare(
         raise DataError("max_length is in tokens and needs tokenizer=...")
     made_from = {**source.made_from(), "options": asdict(options), "schema_version": schema.SCHEMA_VERSION}
     key = schema.digest(made_from)
-    units = source.units()
+    units = _plan(source, folder, key)
     result = Result()
-    stale = {split: n for split, n in units.items() if not _is_complete(folder / split, key)}
+    stale = {split for split in units if not _is_complete(folder / split, key)}
+    # Every n-th of all units, finished or not: tasks that start at different times must share them out alike.
+    jobs = [(split, number, unit) for split, listed in units.items() for number, unit in enumerate(listed)]
     todo = [
-        (split, unit)
-        for number, (split, unit) in enumerate((split, unit) for split, n in stale.items() for unit in range(n))
-        if number % task.count == task.index and not _is_finished(folder / split, unit, key)
+        (split, number, unit)
+        for split, number, unit in jobs[task.index :: task.count]
+        if split in stale and not _is_finished(folder / split, number, key)
     ]
     work = partial(make_shard, source, folder, options, key)
     with tqdm(total=len(todo), unit="shard", disable=not progress, desc="prepare") as bar:
@@ -130,11 +136,11 @@ def prepare(
             samples += shard.samples
             bar.update()
             bar.set_postfix(samples=samples, samples_s=f"{samples / max(bar.format_dict['elapsed'], 1e-9):.0f}")
-    for split, n in units.items():
+    for split, listed in units.items():
         if split not in stale:
             result.manifests[split] = schema.read_manifest(folder / split)
             continue
-        shards = [schema.read_receipt(folder / split, unit) for unit in range(n)]
+        shards = [schema.read_receipt(folder / split, number) for number in range(len(listed))]
         missing = sum(shard is None or shard.made_from != key for shard in shards)
         if missing:
             result.waiting[split] = missing
@@ -147,16 +153,32 @@ def prepare(
     return result
 
 
-def make_shard(source: Source, folder: Path, options: Options, key: str, job: tuple[str, int]) -> Shard:
+def _plan(source: Source, folder: Path, key: str) -> dict[str, list[Any]]:
+    """The source's plan, from ``plan.json`` where one of the tasks has made it before."""
+    file = folder / PLAN
+    if file.is_file():
+        kept = json.loads(file.read_text())
+        if kept["made_from"] == key:
+            return kept["units"]
+    units = source.plan()
+    folder.mkdir(parents=True, exist_ok=True)
+    schema.write_atomically(file, json.dumps({"made_from": key, "units": units}) + "\n")
+    return units
+
+
+def make_shard(source: Source, folder: Path, options: Options, key: str, job: tuple[str, int, Any]) -> Shard:
     """Read, check and write one unit.
 
     Raises:
         DataError: its first bad record under ``on_error=fail``.
     """
-    split, unit = job
+    split, number, unit = job
     verifier = Verifier(options.max_pixels, options.min_side, _token_length(options), options.max_length)
-    with schema.ShardWriter(folder / split, unit, key) as writer:
+    with schema.ShardWriter(folder / split, number, key) as writer:
         for item in source.read(split, unit):
+            if isinstance(item, Count):
+                verifier.count(item.name, item.value, item.number)
+                continue
             dropped = item if isinstance(item, Dropped) else verifier.check(item)
             if dropped is None:
                 writer.add(item)
@@ -174,7 +196,7 @@ def make_shard(source: Source, folder: Path, options: Options, key: str, job: tu
     return writer.receipt
 
 
-def _run(work: Any, todo: list[tuple[str, int]], workers: int) -> Iterator[Shard]:
+def _run(work: Any, todo: list[tuple[str, int, Any]], workers: int) -> Iterator[Shard]:
     if workers <= 1 or len(todo) <= 1:
         yield from map(work, todo)
         return
@@ -184,6 +206,11 @@ def _run(work: Any, todo: list[tuple[str, int]], workers: int) -> Iterator[Shard
         try:
             for future in as_completed(futures):
                 yield future.result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a worker process died, as the system does to one that takes too much memory; "
+                "run the same command again, with fewer workers: finished shards are kept"
+            ) from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -195,8 +222,8 @@ def _is_complete(folder: Path, key: str) -> bool:
     return schema.digest(schema.read_manifest(folder).made_from) == key
 
 
-def _is_finished(folder: Path, unit: int, key: str) -> bool:
-    receipt = schema.read_receipt(folder, unit)
+def _is_finished(folder: Path, number: int, key: str) -> bool:
+    receipt = schema.read_receipt(folder, number)
     return receipt is not None and receipt.made_from == key
 
 

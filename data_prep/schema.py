@@ -15,7 +15,8 @@ A prepared split is a folder ``<root>/<dataset>/<split>`` with, per shard,
     shard-00000.hashes.npy   the first 8 bytes of every image's sha256, to count duplicates
     shard-00000.json    receipt: counts, sha256, what was dropped; written last, so a shard with a receipt is whole
 
-and, once all shards are there, ``manifest.json``.
+and, once all shards are there, ``index.npy`` (the shards' in one, for all ranks of a machine to map) and
+``manifest.json``.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ ARROW = pa.schema(
 )
 INDEX = np.dtype([("images", "<u2"), ("dialogues", "<u2"), ("characters", "<u4")])
 MANIFEST = "manifest.json"
+INDEX_FILE = "index.npy"
 MAX_EXAMPLES = 10
 
 Turn = dict[str, str]
@@ -87,6 +89,21 @@ class Dropped:
     id: str
     reason: str
     detail: str = ""
+
+
+@dataclass
+class Count:
+    """Something in the source that is neither a sample nor a defect, and still belongs into the manifest's statistics.
+
+    Attributes:
+        name: of the statistic, e.g. ``not fetched``.
+        value: what was met, e.g. ``HTTP Error 404``.
+        number: how often.
+    """
+
+    name: str
+    value: str
+    number: int = 1
 
 
 @dataclass
@@ -263,7 +280,8 @@ class Manifest:
 
 
 def merge(folder: Path, shards: list[Shard], dataset: str, split: str, made_from: dict[str, Any]) -> Manifest:
-    """The manifest of a split from the receipts of all its shards, in order."""
+    """The manifest of a split from the receipts of all its shards, in order; writes the split's index."""
+    _merge_index(folder, shards)
     hashes = [np.load(folder / Path(shard.file).with_suffix(".hashes.npy"), allow_pickle=False) for shard in shards]
     unique = len(np.unique(np.concatenate([np.empty(0, "<u8"), *hashes])))
 
@@ -298,6 +316,18 @@ def merge(folder: Path, shards: list[Shard], dataset: str, split: str, made_from
             {"file": s.file, "samples": s.samples, "bytes": s.bytes, "sha256": s.sha256} for s in shards if s.samples
         ],
     )
+
+
+def _merge_index(folder: Path, shards: list[Shard]) -> None:
+    temporary = folder / f".{INDEX_FILE}.{uuid.uuid4().hex}"
+    with temporary.open("wb") as stream:
+        size = sum(shard.samples for shard in shards)
+        header = {"descr": np.lib.format.dtype_to_descr(INDEX), "fortran_order": False, "shape": (size,)}
+        np.lib.format.write_array_header_1_0(stream, header)
+        for shard in shards:
+            stream.write(np.load(folder / Path(shard.file).with_suffix(".npy"), allow_pickle=False).tobytes())
+    sync(temporary)
+    temporary.replace(folder / INDEX_FILE)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -396,7 +426,12 @@ class Split:
         return (self[position] for position in range(len(self)))
 
     def index(self) -> np.ndarray:
-        """``INDEX`` records of all samples, memory-mapped where there is one shard."""
+        """``INDEX`` records of all samples, memory-mapped: shared by all processes of a machine."""
+        if (file := self.folder / INDEX_FILE).is_file():
+            index = np.load(file, mmap_mode="r", allow_pickle=False)
+            if len(index) == len(self):
+                return index
+        # Prepared before there was such a file.
         files = [self.folder / Path(shard["file"]).with_suffix(".npy") for shard in self.manifest.shards]
         parts = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, INDEX), *parts])

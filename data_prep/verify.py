@@ -6,18 +6,10 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from data_prep.images import MAX_PIXELS, ImageError, describe, open_image
+from data_prep.dialogues import IMAGE_TOKEN
+from data_prep.errors import Defect
+from data_prep.images import MAX_PIXELS, describe, open_image
 from data_prep.schema import ROLES, Dialogue, Dropped, Sample
-
-IMAGE_TOKEN = "<image>"
-
-
-class Defect(ValueError):
-    """One thing wrong with a sample: a countable reason and the detail."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason, self.detail = reason, detail
 
 
 def check_dialogue(dialogue: Dialogue) -> None:
@@ -97,13 +89,17 @@ class Verifier:
                     if self.max_length is not None and length > self.max_length:
                         raise Defect("too long", f"{length} tokens, at most {self.max_length} are accepted")
                     seen.append(("dialogue tokens", bucket(length)))
-        except (Defect, ImageError) as error:
+        except Defect as error:
             return Dropped(sample.id, error.reason, error.detail)
         seen.append(("images per sample", f"{len(sample.images):04d}"))
         seen.append(("dialogues per sample", bucket(len(sample.conversations))))
         for name, value in seen:
-            self.statistics.setdefault(name, Counter())[value] += 1
+            self.count(name, value)
         return None
+
+    def count(self, name: str, value: str, number: int = 1) -> None:
+        """Add to a statistic."""
+        self.statistics.setdefault(name, Counter())[value] += number
 
 
 def bucket(value: int) -> str:

@@ -7,8 +7,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
-from data_prep import easy_vqa
 from data_prep.errors import DataError
+from data_prep.sources import easy_vqa
 
 
 @dataclass(frozen=True)

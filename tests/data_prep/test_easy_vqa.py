@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from data_prep import __main__ as entry
-from data_prep.easy_vqa import CAPTIONS, COLORS, SHAPES, EasyVQA, Facts, answer_type, captions, facts
 from data_prep.errors import DataError
 from data_prep.schema import Split
+from data_prep.sources.easy_vqa import CAPTIONS, COLORS, SHAPES, EasyVQA, Facts, answer_type, captions, facts
 
 SPLITS = ("caption_train", "caption_val", "train", "val", "test")
 

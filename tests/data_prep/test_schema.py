@@ -38,8 +38,8 @@ class Numbers:
     def made_from(self):
         return {"count": self.count, "size": self.size, "bad": self.bad}
 
-    def units(self):
-        return {"train": self.count}
+    def plan(self):
+        return {"train": list(range(self.count))}
 
     def read(self, split, unit):
         for number in range(unit * self.size, (unit + 1) * self.size):
@@ -147,3 +147,24 @@ def test_bad_records_fail_or_are_counted(tmp_path):
 def test_duplicates_are_counted(tmp_path):
     manifest = write_split(tmp_path / "train", [sample(1), sample(1), sample(2)])
     assert (manifest.images, manifest.unique_images) == (3, 2)
+
+
+def test_index_is_one_mapped_file(tmp_path):
+    prepare(Numbers(3), tmp_path / "set")
+    split = Split(tmp_path / "set" / "train")
+    index = split.index()
+    assert isinstance(index, np.memmap)
+    (split.folder / schema.INDEX_FILE).unlink()  # as prepared by an earlier version
+    assert index.tolist() == split.index().tolist() and len(index) == 30
+
+
+def test_late_tasks_share_units_out_alike(tmp_path):
+    """A split that is complete when the second task starts does not move the units of the next one."""
+
+    class TwoSplits(Numbers):
+        def plan(self):
+            return {"small": [0], "train": list(range(1, 5))}
+
+    first = prepare(TwoSplits(), tmp_path, task=Task(0, 2))
+    assert first.made == ["small"]
+    assert prepare(TwoSplits(), tmp_path, task=Task(1, 2)).made == ["train"]

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.dialogues import exchange
 from data_prep.errors import DataError
 from data_prep.schema import Dialogue, Dropped, Sample
 
@@ -122,12 +123,7 @@ def captions(known: Facts, style: str) -> list[Dialogue]:
     if known.shape is None or known.color is None:
         return []
     fill = {"shape": known.shape, "color": known.color}
-    return [dialogue(user, caption.format(**fill)) for user, caption in CAPTIONS[style]]
-
-
-def dialogue(user: str, assistant: str) -> Dialogue:
-    """One user turn and its answer."""
-    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    return [exchange(user, caption.format(**fill)) for user, caption in CAPTIONS[style]]
 
 
 @dataclass
@@ -156,11 +152,11 @@ class EasyVQA:
             "val_fraction": self.val_fraction,
         }
 
-    def units(self) -> dict[str, int]:
-        """Shards of each split."""
-        return dict.fromkeys(("caption_train", "caption_val", "train", "val", "test"), 1)
+    def plan(self) -> dict[str, list[None]]:
+        """One unit per split."""
+        return {split: [None] for split in ("caption_train", "caption_val", "train", "val", "test")}
 
-    def read(self, split: str, unit: int) -> Iterator[Sample | Dropped]:
+    def read(self, split: str, unit: None) -> Iterator[Sample | Dropped]:
         """Samples of one split, by image number."""
         part = "test" if split == "test" else "train"
         for number, questions in sorted(self._questions(part).items()):
@@ -169,7 +165,7 @@ class EasyVQA:
                 continue
             name = f"easy_vqa/{part}/{number}"
             if not split.startswith("caption_"):
-                dialogues = [dialogue(question, answer) for question, answer in questions]
+                dialogues = [exchange(question, answer) for question, answer in questions]
             elif not (dialogues := captions(facts(questions), self.captions)):
                 # Not a defect: the questions of this image leave its shape or its colour open.
                 continue
