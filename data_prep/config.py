@@ -16,9 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 from data_prep.errors import DataError
 from data_prep.prepare import Options, Source, Task
 from data_prep.sources.easy_vqa import EasyVQA
+from data_prep.sources.llava import Llava
 
 CONF = Path(__file__).resolve().parent.parent / "conf" / "data_prep"
-SOURCES: dict[str, type] = {"easy_vqa": EasyVQA}
+SOURCES: dict[str, type] = {"easy_vqa": EasyVQA, "llava": Llava}
 
 
 @dataclass
@@ -27,9 +28,9 @@ class PrepareConfig:
 
     Attributes:
         cache_dir: where parts are.
-        source: ``name`` (a key of ``SOURCES``) and the fields of that source's dataclass.
+        source: ``kind`` (a key of ``SOURCES``) and the fields of that reader's dataclass.
         root: prepared data goes to ``<root>/<name>/<split>``.
-        name: name of the prepared data set; default that of the source.
+        name: name of the prepared data set; default that of ``source=NAME``.
         workers: processes on this machine.
         task: ``i/n``, the part of a job array that this process is.
         options: checks and policy.
@@ -50,7 +51,7 @@ class PrepareConfig:
             DataError: unknown source or key of it.
         """
         values = dict(self.source)
-        kind = SOURCES[values.pop("name")]
+        kind = SOURCES[values.pop("kind")]
         try:
             return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
         except OmegaConfBaseException as error:
@@ -79,6 +80,7 @@ def load(overrides: list[str]) -> PrepareConfig:
         plain = compose("config", [f"source={chosen[0]}"])
         try:
             composed = compose("config", overrides)
+            composed.name = composed.name or chosen[0]
             merged = OmegaConf.merge(OmegaConf.structured(PrepareConfig), composed)
             OmegaConf.resolve(merged)
             return OmegaConf.to_object(merged)

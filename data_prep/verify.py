@@ -26,10 +26,8 @@ def check_dialogue(dialogue: Dialogue) -> None:
             raise Defect("turn without text", f"turn {number}: {type(content).__name__}")
         if turn.get("role") not in ROLES:
             raise Defect("unknown role", f"turn {number}: {turn.get('role')!r}")
-        try:
-            content.encode()
-        except UnicodeEncodeError as error:
-            raise Defect("text is not valid Unicode", f"turn {number}: {error.reason}") from error
+        if not is_text(content):
+            raise Defect("text is not valid Unicode", f"turn {number}")
         if "\0" in content:
             raise Defect("text holds a NUL character", f"turn {number}")
         if IMAGE_TOKEN in content:
@@ -43,6 +41,15 @@ def check_dialogue(dialogue: Dialogue) -> None:
         raise Defect("roles do not alternate", " ".join(roles))
     if spoken[-1] != "assistant":
         raise Defect("no final answer", " ".join(roles))
+
+
+def is_text(text: str) -> bool:
+    """Whether it has no lone surrogates, which no file can hold as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclass
@@ -69,6 +76,8 @@ class Verifier:
         try:
             if not sample.id:
                 raise Defect("no id")
+            if not is_text(sample.id + sample.source):
+                raise Defect("id is not valid Unicode", ascii(sample.id))
             if not sample.conversations:
                 raise Defect("conversation empty")
             for number, dialogue in enumerate(sample.conversations):
