@@ -15,11 +15,22 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data_prep.errors import DataError
 from data_prep.prepare import Options, Source, Task
+from data_prep.sources.capsfusion import CapsFusion
 from data_prep.sources.easy_vqa import EasyVQA
+from data_prep.sources.hf import HuggingFace
 from data_prep.sources.llava import Llava
+from data_prep.sources.synthetic import Synthetic
+from data_prep.sources.webdataset import WebDataset
 
 CONF = Path(__file__).resolve().parent.parent / "conf" / "data_prep"
-SOURCES: dict[str, type] = {"easy_vqa": EasyVQA, "llava": Llava}
+SOURCES: dict[str, type] = {
+    "capsfusion": CapsFusion,
+    "easy_vqa": EasyVQA,
+    "hf": HuggingFace,
+    "llava": Llava,
+    "synthetic": Synthetic,
+    "webdataset": WebDataset,
+}
 
 
 @dataclass

@@ -42,6 +42,25 @@ def from_turns(turns: Any) -> tuple[Dialogue, int]:
     return dialogue, tokens
 
 
+def from_text_or_turns(value: Any, images: int) -> tuple[Dialogue, int]:
+    """A caption or a dialogue, and the image tokens taken out of it.
+
+    Args:
+        value: a text, which becomes a caption, or a list of turns.
+        images: how many images belong to it; turns have as many tokens or none.
+
+    Raises:
+        Defect: neither of these, or another number of tokens.
+    """
+    if isinstance(value, str):
+        tokens = value.count(IMAGE_TOKEN)
+        return exchange("", value.replace(IMAGE_TOKEN, "").strip() if tokens else value), tokens
+    dialogue, tokens = from_turns(value)
+    if tokens:
+        check_tokens(tokens, images)
+    return dialogue, tokens
+
+
 def check_tokens(tokens: int, images: int) -> None:
     """There are as many image tokens as images.
 
