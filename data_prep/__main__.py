@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from data_prep import config
+from data_prep import config, report
 from data_prep.prepare import prepare
 from model.errors import run_cli
 
@@ -22,6 +22,8 @@ def main() -> int:
         settings.workers,
         progress=sys.stderr.isatty(),
     )
+    for split in result.made:
+        report.write(folder / split)
     for split, manifest in result.manifests.items():
         state = "made" if split in result.made else "up to date"
         dropped = f", {sum(manifest.dropped.values())} dropped" if manifest.dropped else ""

@@ -97,6 +97,23 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def shrink(data: bytes, side: int, quality: int) -> bytes:
+    """The image with its shorter side at most ``side`` pixels: ``data`` itself where it is, else a new JPEG file.
+
+    Raises:
+        ImageError: the bytes are no sound image.
+    """
+    image = open_image(data)
+    if min(image.size) <= side:
+        return data
+    image = to_rgb(image)
+    scale = side / min(image.size)
+    image = image.resize([max(1, round(length * scale)) for length in image.size], Image.Resampling.BICUBIC)
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=quality)
+    return stream.getvalue()
+
+
 def describe(image: Image.Image) -> dict[str, str]:
     """What a report counts about a sound image: format, mode and peculiarities."""
     upright = image.getexif().get(ORIENTATION, 1) == 1

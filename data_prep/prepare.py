@@ -7,11 +7,11 @@ killed therefore redoes only its own unfinished shard, and a second run over fin
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from data_prep import schema
 from data_prep.errors import DataError
-from data_prep.images import MAX_PIXELS
-from data_prep.schema import Count, Dropped, Sample, Shard
+from data_prep.images import MAX_PIXELS, shrink
+from data_prep.schema import Count, Dialogue, Dropped, Sample, Shard
 from data_prep.verify import Verifier
 
 PLAN = "plan.json"
@@ -48,7 +48,11 @@ class Options:
         on_error: ``fail`` stops at the first bad record; ``drop`` leaves it out, counted and named in the manifest.
         max_drop_fraction: of a split's records; more, and there is no manifest and the run fails.
         max_pixels, min_side: limits of an image.
-        tokenizer: folder or name of a tokenizer; with it, token lengths go into the manifest.
+        shrink: images whose shorter side is above this many pixels are made that small and stored as JPEG; null: every
+            image is stored as its source has it, byte for byte.
+        jpeg_quality: of the images made smaller.
+        tokenizer: folder or name of a tokenizer; with it, token lengths and the share of supervised tokens go into the
+            manifest.
         template: text template of the token lengths.
         max_length: longest accepted dialogue in tokens; needs ``tokenizer``.
     """
@@ -57,6 +61,8 @@ class Options:
     max_drop_fraction: float = 0.01
     max_pixels: int = MAX_PIXELS
     min_side: int = 2
+    shrink: int | None = None
+    jpeg_quality: int = 90
     tokenizer: str | None = None
     template: str = "chat"
     max_length: int | None = None
@@ -173,7 +179,7 @@ def make_shard(source: Source, folder: Path, options: Options, key: str, job: tu
         DataError: its first bad record under ``on_error=fail``.
     """
     split, number, unit = job
-    verifier = Verifier(options.max_pixels, options.min_side, _token_length(options), options.max_length)
+    verifier = Verifier(options.max_pixels, options.min_side, _token_counter(options), options.max_length)
     with schema.ShardWriter(folder / split, number, key) as writer:
         for item in source.read(split, unit):
             if isinstance(item, Count):
@@ -181,6 +187,8 @@ def make_shard(source: Source, folder: Path, options: Options, key: str, job: tu
                 continue
             dropped = item if isinstance(item, Dropped) else verifier.check(item)
             if dropped is None:
+                if options.shrink is not None:
+                    _shrink(item, options, verifier)
                 writer.add(item)
             elif options.on_error == "drop":
                 writer.drop(dropped)
@@ -240,12 +248,31 @@ def _check_drops(manifest: schema.Manifest, options: Options) -> None:
         )
 
 
-def _token_length(options: Options):
+def _shrink(sample: Sample, options: Options, verifier: Verifier) -> None:
+    for number, data in enumerate(sample.images):
+        smaller = shrink(data, options.shrink, options.jpeg_quality)
+        if smaller is not data:
+            sample.images[number] = smaller
+            verifier.count("images made smaller", f"shorter side {options.shrink}")
+
+
+def _token_counter(options: Options) -> Callable[[Dialogue], tuple[int, int]] | None:
     if options.tokenizer is None:
         return None
+    return _counter(options.tokenizer, options.template)
+
+
+@cache  # once per process: a tokenizer takes seconds to load
+def _counter(tokenizer: str, template: str) -> Callable[[Dialogue], tuple[int, int]]:
     from transformers import AutoTokenizer
 
     from data_prep.templates import TextEncoder
+    from model.batch import IGNORE
 
-    encoder = TextEncoder(AutoTokenizer.from_pretrained(options.tokenizer), options.template)
-    return lambda dialogue: len(encoder.encode(dialogue).input_ids)
+    encoder = TextEncoder(AutoTokenizer.from_pretrained(tokenizer), template)
+
+    def count(dialogue: Dialogue) -> tuple[int, int]:
+        labels = encoder.encode(dialogue).labels
+        return len(labels), sum(label != IGNORE for label in labels)
+
+    return count

@@ -1,15 +1,20 @@
-"""Checks of one sample before it is stored: every image decoded once, every dialogue well formed."""
+"""Checks of one sample before it is stored: every image decoded once, every dialogue well formed.
+
+``python -m data_prep.verify SPLIT_FOLDER ...`` compares prepared shards with their checksums, e.g. after a copy.
+"""
 
 from __future__ import annotations
 
+import argparse
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from data_prep.dialogues import IMAGE_TOKEN
-from data_prep.errors import Defect
+from data_prep.errors import DataError, Defect
 from data_prep.images import MAX_PIXELS, describe, open_image
-from data_prep.schema import ROLES, Dialogue, Dropped, Sample
+from data_prep.schema import ROLES, Dialogue, Dropped, Sample, Split
 
 
 def check_dialogue(dialogue: Dialogue) -> None:
@@ -59,20 +64,21 @@ class Verifier:
     Attributes:
         max_pixels: of one image.
         min_side: shortest accepted side in pixels.
-        token_length: tokens of a dialogue (template included), for the histogram and ``max_length``; none: not counted.
+        tokens: of a dialogue (template included), and how many of them are supervised, for the statistics and
+            ``max_length``; raises ``DataError`` for one that the template cannot render. None: not counted.
         max_length: longest accepted dialogue in tokens; none: any.
         statistics: counters by name, for the manifest.
     """
 
     max_pixels: int = MAX_PIXELS
     min_side: int = 2
-    token_length: Callable[[Dialogue], int] | None = None
+    tokens: Callable[[Dialogue], tuple[int, int]] | None = None
     max_length: int | None = None
     statistics: dict[str, Counter] = field(default_factory=dict)
 
     def check(self, sample: Sample) -> Dropped | None:
         """What is wrong with ``sample``; none when it is sound, and then it is counted."""
-        seen: list[tuple[str, str]] = []
+        seen: list[tuple[str, str, int]] = []
         try:
             if not sample.id:
                 raise Defect("no id")
@@ -90,27 +96,57 @@ class Verifier:
                 image = open_image(data, self.max_pixels)
                 if min(image.size) < self.min_side:
                     raise Defect("image too small", f"{image.width} x {image.height} pixels")
-                seen += [(f"image {name}", value) for name, value in describe(image).items()]
-                seen.append(("image shortest side", bucket(min(image.size))))
-            if self.token_length is not None:
-                for dialogue in sample.conversations:
-                    length = self.token_length(dialogue)
-                    if self.max_length is not None and length > self.max_length:
-                        raise Defect("too long", f"{length} tokens, at most {self.max_length} are accepted")
-                    seen.append(("dialogue tokens", bucket(length)))
+                seen += [(f"image {name}", value, 1) for name, value in describe(image).items()]
+                seen.append(("image shortest side", bucket(min(image.size)), 1))
+                seen.append(("image kilobytes", bucket(len(data) // 1000), 1))
+            for dialogue in sample.conversations:
+                seen.append(("dialogue characters", bucket(sum(len(turn["content"]) for turn in dialogue)), 1))
+                if self.tokens is not None:
+                    seen += self._count_tokens(dialogue)
         except Defect as error:
             return Dropped(sample.id, error.reason, error.detail)
-        seen.append(("images per sample", f"{len(sample.images):04d}"))
-        seen.append(("dialogues per sample", bucket(len(sample.conversations))))
-        for name, value in seen:
-            self.count(name, value)
+        seen.append(("images per sample", f"{len(sample.images):04d}", 1))
+        seen.append(("dialogues per sample", bucket(len(sample.conversations)), 1))
+        for each in seen:
+            self.count(*each)
         return None
+
+    def _count_tokens(self, dialogue: Dialogue) -> list[tuple[str, str, int]]:
+        try:
+            length, supervised = self.tokens(dialogue)
+        except DataError as error:
+            raise Defect("template cannot render it", str(error)) from error
+        if self.max_length is not None and length > self.max_length:
+            raise Defect("too long", f"{length} tokens, at most {self.max_length} are accepted")
+        histogram = ("dialogue tokens", bucket(length, 3), 1)
+        return [histogram, ("tokens", "all", length), ("tokens", "supervised", supervised)]
 
     def count(self, name: str, value: str, number: int = 1) -> None:
         """Add to a statistic."""
         self.statistics.setdefault(name, Counter())[value] += number
 
 
-def bucket(value: int) -> str:
-    """Name of the histogram bin of ``value``: its lower bound, a power of two, zero-padded to sort as text."""
-    return f"{1 << (value.bit_length() - 1) if value else 0:07d}"
+def bucket(value: int, bits: int = 1) -> str:
+    """Name of the histogram bin of ``value``: its first ``bits`` binary digits, zero-padded to sort as text.
+
+    One digit makes powers of two, three make four bins between two of them.
+    """
+    rest = max(0, value.bit_length() - bits)
+    return f"{value >> rest << rest:07d}"
+
+
+def main() -> int:
+    """Compare prepared splits with their checksums."""
+    parser = argparse.ArgumentParser(prog="python -m data_prep.verify", description=main.__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="SPLIT_FOLDER")
+    for folder in parser.parse_args().folders:
+        split = Split(folder)
+        split.verify()
+        print(f"{folder}: {len(split.manifest.shards)} shards, {len(split)} samples as prepared")
+    return 0
+
+
+if __name__ == "__main__":
+    from model.errors import run_cli
+
+    run_cli(main)

@@ -93,7 +93,7 @@ class CapsFusion:
             yield Count("not fetched", "not in img2dataset's table", asked - len(keys))
         if last is not None:
             chosen = inside & (hashes(urls) <= np.uint64(last))
-            yield Count("outside the subset", shard, int(inside.sum() - chosen.sum()))
+            yield Count("outside the subset", "images", int(inside.sum() - chosen.sum()))
             inside = chosen
         captions = rows[self._column(shard, rows)].to_pylist()
         wanted = {keys[row]: captions[row] for row in np.flatnonzero(inside)}

@@ -17,15 +17,10 @@ from data_prep.prepare import Options, prepare
 from data_prep.schema import Split
 from data_prep.sources.capsfusion import CapsFusion, select
 
-COLUMNS = [
-    ("laion_2b", "string"),
-    ("laion_coco", "string"),
-    ("url", "string"),
-    ("caption", "string"),
-    ("key", "string"),
-]
-COLUMNS += [("status", "string"), ("error_message", "string"), ("width", "int32"), ("height", "int32")]
-COLUMNS += [("original_width", "int32"), ("original_height", "int32"), ("exif", "string"), ("sha256", "string")]
+TEXTS = ("laion_2b", "laion_coco", "caption", "url", "key", "status", "error_message")
+NUMBERS = ("width", "height", "original_width", "original_height")
+COLUMNS = [*((name, "string") for name in TEXTS), *((name, "int32") for name in NUMBERS)]
+COLUMNS += [("exif", "string"), ("sha256", "string")]
 SIZE = 100
 
 
