@@ -186,7 +186,7 @@ class ShardWriter:
 
     def add(self, sample: Sample) -> None:
         """Append one sample."""
-        row = asdict(sample)
+        row = dict(vars(sample))  # not asdict: it copies every turn
         self._rows.append(row)
         characters = sum(len(turn["content"]) for dialogue in sample.conversations for turn in dialogue)
         self._index.append((len(sample.images), len(sample.conversations), characters))

@@ -203,7 +203,7 @@ class TextEncoder:
         ids = tokenizer("a").input_ids
         self._adds_start = ids[:1] == [tokenizer.bos_token_id]
         if template == "chat":
-            self._trims = self._chat_trims()
+            self._trims, self._lead = self._chat_trims(), self._chat_lead()
 
     def encode(self, dialogue: Dialogue) -> Encoded:
         """One training row.
@@ -269,18 +269,18 @@ class TextEncoder:
         ids: list[int] = []
         targets: list[bool] = []
         run: list[tuple[str, bool]] = []
-        seen_text = False
+        begun = False  # whether anything stands before, text or special token
 
         def end_run() -> None:
-            nonlocal seen_text
+            nonlocal begun
             text = "".join(part for part, _ in run)
             if text:
                 mask = [target for part, target in run for _ in part]
-                encoding = (self._later if seen_text else self._first).encode(text, add_special_tokens=False)
+                encoding = (self._later if begun else self._first).encode(text, add_special_tokens=False)
                 ids.extend(encoding.ids)
                 # An empty span is the prefix that SentencePiece puts before a run: it goes with what follows.
                 targets.extend(any(mask[start : max(end, start + 1)]) for start, end in encoding.offsets)
-                seen_text = True
+                begun = True
             run.clear()
 
         for piece in pieces:
@@ -289,14 +289,15 @@ class TextEncoder:
                     end_run()
                     ids.append(self._special[part])
                     targets.append(piece.target)
+                    begun = True
                 elif part:
                     run.append((part, piece.target))
         end_run()
         return ids, targets
 
-    def _render_chat(self, dialogue: Dialogue) -> str:
+    def _render_chat(self, dialogue: Dialogue, asking: bool = False) -> str:
         try:
-            return self._tokenizer.apply_chat_template(dialogue, tokenize=False)
+            return self._tokenizer.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=asking)
         except (jinja2.TemplateError, ValueError) as error:
             raise DataError(f"the tokenizer's chat template cannot render the dialogue: {error}") from error
 
@@ -304,6 +305,13 @@ class TextEncoder:
         """Whether the chat template strips the contents of turns."""
         probe = [{"role": "user", "content": " q "}, {"role": "assistant", "content": " a "}]
         return " a " not in self._render_chat(probe)
+
+    def _chat_lead(self) -> str:
+        """What the template puts between the end of a prompt and the answer: the model has to produce it as well."""
+        probe = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "\ue000"}]
+        prompt, whole = self._render_chat(probe[:1], asking=True), self._render_chat(probe)
+        lead = whole.removeprefix(prompt).partition("\ue000")[0] if whole.startswith(prompt) else ""
+        return "" if self._split_special.search(lead) else lead
 
     def _chat(self, dialogue: Dialogue) -> list[Piece]:
         # Contents are rendered as private-use marks: what is the template's and what the dialogue's stays known.
@@ -315,6 +323,8 @@ class TextEncoder:
                 turn = dialogue[int(part)]
                 content = turn["content"].strip() if self._trims else turn["content"]
                 ending = turn["role"] == "assistant"
+                if ending and self._lead and pieces and pieces[-1].text.endswith(self._lead):
+                    pieces[-1:] = [_own(pieces[-1].text.removesuffix(self._lead)), _own(self._lead, True)]
                 pieces.append(Piece(content, ending))
             elif ending:
                 end = self._split_special.search(part)
@@ -327,9 +337,9 @@ class TextEncoder:
 
 
 def _plain_tokenizers(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, Tokenizer]:
-    """The backend for the first run of text and for later ones, blind to special tokens.
+    """The backend for a run of text at the very beginning and for later ones, blind to special tokens.
 
-    The two differ for SentencePiece models that put their word mark only before the first word of a text.
+    The two differ for SentencePiece models that put their word mark only before a text, not after a special token.
     """
     text = tokenizer.backend_tokenizer.to_str()
     first = later = Tokenizer.from_str(text)

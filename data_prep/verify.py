@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import argparse
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +74,7 @@ class Verifier:
     min_side: int = 2
     tokens: Callable[[Dialogue], tuple[int, int]] | None = None
     max_length: int | None = None
-    statistics: dict[str, Counter] = field(default_factory=dict)
+    statistics: dict[str, Counter] = field(default_factory=lambda: defaultdict(Counter))
 
     def check(self, sample: Sample) -> Dropped | None:
         """What is wrong with ``sample``; none when it is sound, and then it is counted."""
@@ -123,7 +123,7 @@ class Verifier:
 
     def count(self, name: str, value: str, number: int = 1) -> None:
         """Add to a statistic."""
-        self.statistics.setdefault(name, Counter())[value] += number
+        self.statistics[name][value] += number
 
 
 def bucket(value: int, bits: int = 1) -> str:

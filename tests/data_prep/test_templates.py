@@ -200,6 +200,14 @@ def test_llama3(smollm):
     text = f"<|begin_of_text|>{head.format('user')}What?<|eot_id|>{head.format('assistant')}teal<|eot_id|>"
     assert row.input_ids == tokenizer(text).input_ids
     assert spans(tokenizer, row) == ["teal<|eot_id|>"]
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|begin_of_text|>' if loop.first }}"
+        "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content.strip() + '<|eot_id|>' }}{% endfor %}"
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' if add_generation_prompt }}"
+    )
+    for case in ("several turns", "unicode", "looks like roles", "system"):
+        ours, own = encoder.encode(DIALOGUES[case]), TextEncoder(tokenizer, "chat").encode(DIALOGUES[case])
+        assert ours == own
     prompt = encoder.encode_prompt(dialogue("What?"))
     assert row.input_ids[: len(prompt)] == prompt
     assert encoder.decode(row.input_ids[len(prompt) :]) == "teal"
