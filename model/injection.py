@@ -4,6 +4,10 @@ The classes of the decoder layers and of the placed projections are swapped for 
 parameters stay as they were, so base checkpoints load unchanged and ZeRO-3 sees ordinary modules. The weights travel
 as a keyword of each decoder layer's forward, which transformers passes down from the top and captures for
 recomputation, so gradient checkpointing sees the same deltas twice.
+
+Projections that share their input (q, k, v; gate, up) are one op: x is read once for all their A, and the gradient of x
+is accumulated in one buffer where autograd would add up one per projection. The decoder calls them one by one; the
+first call computes all, in a module of its own (`SharedInput`) so that ZeRO-3 has the weights whole just there.
 """
 
 from __future__ import annotations
@@ -14,18 +18,22 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from model.ops import lowrank_delta, lowrank_linear
+from model.ops import lowrank_delta, lowrank_linear, lowrank_linear_group
 from model.placement import Placement, decoder_layers
 from model.weights import PerceptualWeights
+
+SHARING_INPUT = (("q", "k", "v"), ("gate", "up"))
+"""Types whose projections read the same tensor in every decoder we place deltas in."""
 
 
 class _LayerState:
     """What the projections of one decoder layer add during the layer's forward."""
 
-    __slots__ = ("factors", "pinned", "rows", "scale")
+    __slots__ = ("factors", "groups", "pinned", "rows", "scale")
 
     def __init__(self) -> None:
         self.pinned: PerceptualWeights | None = None
+        self.groups: list[SharedInput] = []
         self.clear()
 
     def set(self, weights: PerceptualWeights, layer: int) -> None:
@@ -33,6 +41,47 @@ class _LayerState:
 
     def clear(self) -> None:
         self.factors, self.scale, self.rows = {}, 1.0, None
+        for group in self.groups:
+            group.clear()
+
+
+class SharedInput(nn.Module):
+    """The placed projections of one decoder layer that read the same input, as one op.
+
+    It owns no parameters and adds no key to the state dict. `linears` are the projections by type.
+    """
+
+    def __init__(self, state: _LayerState, linears: dict[str, nn.Linear]) -> None:
+        super().__init__()
+        self.linears = linears  # in a dict, so that nn.Module does not count them twice
+        self._state = state
+        self.clear()
+
+    def parameters_read(self) -> list[nn.Parameter]:
+        """The projections' weights and biases: external to this module, but read by its forward and backward."""
+        return [p for linear in self.linears.values() for p in linear.parameters()]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The output of every projection that has deltas now, in their order."""
+        a, b = zip(*(self._state.factors[t] for t in self._types()), strict=True)
+        linears = [self.linears[t] for t in self._types()]
+        weights = [linear.weight for linear in linears]
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        return lowrank_linear_group(x, weights, a, b, self._state.scale, biases=biases, rows=self._state.rows)
+
+    def output(self, weight_type: str, x: Tensor) -> Tensor:
+        """That of one projection. All are computed when the first is asked for, and kept until each was handed out."""
+        if self._input is not x or weight_type not in self._ready:
+            self._ready = dict(zip(self._types(), self(x), strict=True))
+            self._input = x
+        return self._ready.pop(weight_type)
+
+    def _types(self) -> list[str]:
+        return [t for t in self.linears if t in self._state.factors]
+
+    def clear(self) -> None:
+        """Drop what was not asked for."""
+        self._input, self._ready = None, {}
 
 
 class _PerceptualLayer(nn.Module):
@@ -53,13 +102,25 @@ class _PerceptualModule(nn.Module):
     """Mixin in front of a placed projection (or MLP, for `m`): y = f(x) + s (x A) B."""
 
     def forward(self, x: Tensor, *args, **kwargs):
-        state: _LayerState = self._perceptual_state[0]
+        state: _LayerState = self._perceptual_state
         factors = state.factors.get(self._perceptual_type)
         if factors is None:
             return super().forward(x, *args, **kwargs)
         if self._perceptual_fused:
             return lowrank_linear(x, self.weight, *factors, state.scale, bias=self.bias, rows=state.rows)
         return super().forward(x, *args, **kwargs) + lowrank_delta(x, *factors, state.scale, rows=state.rows)
+
+
+class _GroupedProjection(nn.Module):
+    """Mixin in front of a placed projection that shares its input with others.
+
+    Overrides the call rather than `forward`: the hooks of this module (ZeRO-3's) would gather the weight a second time.
+    """
+
+    def __call__(self, x: Tensor):
+        if self._perceptual_type not in self._perceptual_state.factors:
+            return super().__call__(x)
+        return self._perceptual_group[0].output(self._perceptual_type, x)
 
 
 @functools.cache
@@ -80,23 +141,46 @@ def inject(llm: nn.Module, placement: Placement) -> None:
         state = _LayerState()
         layer._perceptual_state, layer._perceptual_index = state, index
         layer.__class__ = _swapped(_PerceptualLayer, type(layer))
-        for site in placement.sites:
-            if site.layer == index:
-                module = layer.get_submodule(site.module)
+        modules = {site.type: layer.get_submodule(site.module) for site in placement.sites if site.layer == index}
+        grouped = {}
+        for types in SHARING_INPUT:
+            linears = {t: modules[t] for t in types if t in modules}
+            if len(linears) > 1 and _one_op(linears):
+                group = SharedInput(state, linears)
+                layer.add_module(_group_name(types), group)
+                state.groups.append(group)
+                grouped |= dict.fromkeys(linears, group)
+        for weight_type, module in modules.items():
+            module._perceptual_state, module._perceptual_type = state, weight_type
+            if weight_type in grouped:
                 # In a tuple, so that nn.Module does not look into it.
-                module._perceptual_state, module._perceptual_type = (state,), site.type
+                module._perceptual_group = (grouped[weight_type],)
+                module.__class__ = _swapped(_GroupedProjection, type(module))
+            else:
                 # Quantised linears and the like keep their own forward; a plain one is a single op with its delta.
                 module._perceptual_fused = type(module) is nn.Linear
                 module.__class__ = _swapped(_PerceptualModule, type(module))
 
 
+def _one_op(linears: dict[str, nn.Module]) -> bool:
+    """Whether one op can compute them: plain linear layers, all or none with a bias."""
+    plain = all(type(linear) is nn.Linear for linear in linears.values())
+    return plain and len({linear.bias is None for linear in linears.values()}) == 1
+
+
+def _group_name(types: tuple[str, ...]) -> str:
+    return "perceptual_" + "_".join(types)
+
+
 def eject(llm: nn.Module) -> None:
     """Undo `inject`: the modules get their own classes back."""
-    for module in llm.modules():
-        if isinstance(module, _PerceptualLayer | _PerceptualModule):
+    for module in list(llm.modules()):
+        if isinstance(module, _PerceptualLayer | _PerceptualModule | _GroupedProjection):
             module.__class__ = type(module).__mro__[2]
-            for name in ("_perceptual_state", "_perceptual_index", "_perceptual_type", "_perceptual_fused"):
-                module.__dict__.pop(name, None)
+            for name in [name for name in module.__dict__ if name.startswith("_perceptual_")]:
+                del module.__dict__[name]
+            for types in SHARING_INPUT:
+                module._modules.pop(_group_name(types), None)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from model.errors import UserError
+from model.injection import SharedInput
 from model.vlm import VisionLanguageModel
 from train.config import OptimConfig, RunConfig, StageConfig
 
@@ -170,6 +171,10 @@ class Engine:
         groups = parameter_groups(model, config.optim)
         factor = schedule(config.optim, total_steps)
         buffers = {name: buffer.clone() for name, buffer in model.connector.named_buffers()}
+        for module in model.llm.modules():
+            if isinstance(module, SharedInput):
+                for parameter in module.parameters_read():
+                    deepspeed.zero.register_external_parameter(module, parameter)
         self._ds, self.optimizer, _, self.scheduler = deepspeed.initialize(
             model=model,
             model_parameters=[p for g in groups for p in g["params"]],

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import GeneratorConfig
 from model.injection import eject, inject, pinned
@@ -71,6 +72,59 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     assert grads[0]["connector.generator.stacks.0.queries"].abs().sum() > 0
     for name, grad in grads[0].items():
         assert torch.equal(grad, grads[1][name]), name
+
+
+class _CountOps(TorchDispatchMode):
+    """How many low-rank ops ran, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = self.backward = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.forward += func is torch.ops.vlora.lowrank_linear.default
+        self.backward += func is torch.ops.vlora.lowrank_linear_backward.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("types", "per_layer"), [(ALL_TYPES, 4), ("q,v", 1), ("k,m,up", 3), ("qkvom", 3)])
+def test_projections_that_share_their_input_are_one_op(types, per_layer):
+    model = parts.build(parts.config(types=types)).train()
+    with _CountOps() as counted:
+        model(parts.batch(rows=[0, 1], images=[0, 1])).loss_sum.backward()
+    layers = len(model.placement.layers)
+    assert (counted.forward, counted.backward) == (per_layer * layers, per_layer * layers)
+
+
+def test_a_projection_called_on_another_input_is_computed_anew():
+    model = parts.build(parts.config(types="q,k,v")).eval()
+    weights = model.condition(parts.batch(rows=[0], images=[0])).weights
+    layer = decoder_layers(model.llm)[model.placement.layers[0]]
+    attention, state = layer.self_attn, layer._perceptual_state
+    state.set(weights, model.placement.layers[0])
+    x, other = torch.randn(2, 1, 5, 32)
+    attention.q_proj(x)
+    site = next(s for s in model.placement.sites if (s.layer, s.type) == (model.placement.layers[0], "k"))
+    for given in (other, x, x):
+        want = given @ (attention.k_proj.weight + weights.delta(site, 0)).T
+        torch.testing.assert_close(attention.k_proj(given), want, rtol=1e-5, atol=1e-5)
+    state.clear()
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma2"])
+def test_compiled_layers_give_the_same_loss_and_gradients(name):
+    torch._dynamo.reset()
+    batch, found = parts.batch(rows=[0, 1, 1], images=[0, 1]), []
+    for compiled in (False, True):
+        model = parts.build(parts.config(types="q,k,v,o,gate,up,m"), name).train()
+        if compiled:
+            for layer in decoder_layers(model.llm):
+                layer.compile(backend="aot_eager", fullgraph=True)
+        loss = model(batch).loss_sum
+        loss.backward()
+        found.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_pinned_weights_hold_inside_the_block_only():
