@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model.ops import cpu, lowrank_delta, split_perceptual
+from model.ops import cpu, lowrank, lowrank_delta, split_perceptual
 from model.ops.rows import Segments
 
 
@@ -65,9 +65,8 @@ def _open_up(func, args) -> list[Tensor]:
     *head, segments = head
     segments = Segments(*segments, per_sample, max_len)
     if func is torch.ops.vlora.lowrank_linear.default:
-        return cpu.forward(*head, scale, segments)
-    dx, da, db = cpu.backward(*head, scale, segments, *args[10:13])
-    return [t for t in (dx, da) if t is not None] + db
+        return lowrank.forward(cpu, *head, scale, segments)
+    return lowrank.backward(cpu, *head, scale, segments, *args[10:15])
 
 
 def backward_traffic(term: Callable[[], Tensor]) -> Traffic:

@@ -1,11 +1,13 @@
 """The CPU backend: as few passes over memory as plain torch allows, any floating dtype.
 
-Both GEMMs of the update accumulate in place (``addmm_``, ``baddbmm_``), so nothing of size [T, d_out] or [T, d_in] is
-written beyond what the plain linear layer writes. When every sample owns the same number of consecutive tokens, one
-batched GEMM serves all of them; otherwise one GEMM per run of tokens of one sample.
+Both GEMMs of an output, and of the gradient of x, accumulate in one place (``addmm_``, ``baddbmm_``), so nothing of
+size [T, d_out] or [T, d_in] is written beyond what the plain linear layer writes. When every sample owns the same
+number of consecutive tokens, one batched GEMM serves all of them; otherwise one GEMM per run of tokens of one sample.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,110 +18,70 @@ Run = tuple[int, int, int]
 """(first token, one past the last, sample)."""
 
 
-def forward(
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    a: list[Tensor],
-    b: list[Tensor],
-    scale: float,
-    segments: Segments,
-) -> list[Tensor]:
-    """Outputs ``y_g`` [T, d_out_g] and, last, ``z`` [G, T, r] with ``z_g = scale * x A_g`` (see ``lowrank.py``)."""
-    per_sample = segments.per_sample
+def shrink(x: Tensor, a: Sequence[Tensor], scale: float, segments: Segments) -> Tensor:
+    """``z_g = scale * x A_g`` [G, T, r]; zero for tokens without a sample. x [T, d_in]; a: G of [S, d_in, r]."""
     z = x.new_empty(len(a), x.shape[0], a[0].shape[2])
-    runs = [] if per_sample else _runs(segments)
-    if not per_sample and not _covers(runs, x.shape[0]):
+    if n := segments.per_sample:
+        for z_g, a_g in zip(z, a, strict=True):
+            out = _by_sample(z_g, n)
+            torch.baddbmm(out, _by_sample(x, n), a_g, beta=0, alpha=scale, out=out)
+        return z
+    runs = _runs(segments)
+    if _spans(runs) != [(0, x.shape[0])]:
         z.zero_()
-    for z_g, a_g in zip(z, a, strict=True):
-        if per_sample:
-            out = z_g.view(-1, per_sample, z_g.shape[1])
-            torch.baddbmm(out, _by_sample(x, per_sample), a_g, beta=0, alpha=scale, out=out)
-        else:
-            for start, end, sample in runs:
-                out = z_g[start:end]
-                torch.addmm(out, x[start:end], a_g[sample], beta=0, alpha=scale, out=out)
-
-    outputs = []
-    for g, b_g in enumerate(b):
-        if weights:
-            w_t = weights[g].t()
-            y = torch.addmm(biases[g], x, w_t) if biases else torch.mm(x, w_t)
-        elif per_sample:
-            outputs.append(torch.mm(z[g], b_g))
-            continue
-        else:
-            y = x.new_zeros(x.shape[0], b_g.shape[1])
-        for start, end in [(0, x.shape[0])] if per_sample else _spans(runs):
-            y[start:end].addmm_(z[g, start:end], b_g)
-        outputs.append(y)
-    return [*outputs, z]
+    for start, end, sample in runs:
+        for z_g, a_g in zip(z, a, strict=True):
+            out = z_g[start:end]
+            torch.addmm(out, x[start:end], a_g[sample], beta=0, alpha=scale, out=out)
+    return z
 
 
-def backward(
-    dy: list[Tensor],
-    x: Tensor,
-    weights: list[Tensor],
-    a: list[Tensor],
-    b: list[Tensor],
-    z: Tensor,
-    scale: float,
-    segments: Segments,
-    need_dx: bool,
-    need_da: bool,
-    need_db: bool,
-) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
-    """Gradients ``dx`` [T, d_in], ``da`` [G, S, d_in, r] and ``db`` per projection (see ``lowrank.py``)."""
-    per_sample = segments.per_sample
-    runs = [] if per_sample else _runs(segments)
-    dz = None
-    if need_dx or need_da:
-        dz = torch.empty_like(z)
-        for dz_g, dy_g, b_g in zip(dz, dy, b, strict=True):
-            torch.addmm(dz_g, dy_g, b_g.t(), beta=0, alpha=scale, out=dz_g)
-
-    dx = _dx(dy, x, weights, a, dz, runs, per_sample) if need_dx else None
-    da = _da(x, a, dz, runs, per_sample) if need_da else None
-    # z is zero where there is no sample, so the whole batch is one GEMM.
-    db = [torch.mm(z_g.t(), dy_g) for z_g, dy_g in zip(z, dy, strict=True)] if need_db else []
-    return dx, da, db
+def project(x: Tensor, weight: Tensor | None, bias: Tensor | None, z: Tensor, b: Tensor, segments: Segments) -> Tensor:
+    """``x Wᵀ + bias + z B`` [T, d_out]; without a weight only ``z B``. Tokens without a sample cost nothing more."""
+    spans = [(0, x.shape[0])] if segments.per_sample else _spans(_runs(segments))
+    if weight is not None:
+        y = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+    elif segments.per_sample:
+        return torch.mm(z, b)
+    else:
+        y = x.new_zeros(x.shape[0], b.shape[1])
+    for start, end in spans:
+        y[start:end].addmm_(z[start:end], b)
+    return y
 
 
-def _dx(
-    dy: list[Tensor],
-    x: Tensor,
-    weights: list[Tensor],
-    a: list[Tensor],
-    dz: Tensor,
-    runs: list[Run],
-    per_sample: int,
+def input_grad(
+    dy: Sequence[Tensor], weights: Sequence[Tensor], dz: Tensor, a: Sequence[Tensor], segments: Segments
 ) -> Tensor:
-    dx = torch.mm(dy[0], weights[0]) if weights else torch.zeros_like(x, memory_format=torch.contiguous_format)
+    """``dx = Σ_g dy_g W_g + dz_g A_gᵀ`` [T, d_in], accumulated in one buffer; ``weights`` may be empty."""
+    dx = torch.mm(dy[0], weights[0]) if weights else dz.new_zeros(dz.shape[1], a[0].shape[1])
     for dy_g, w in zip(dy[1:], weights[1:], strict=True) if weights else ():
         dx.addmm_(dy_g, w)
-    for dz_g, a_g in zip(dz, a, strict=True):
-        if per_sample:
-            _by_sample(dx, per_sample).baddbmm_(_by_sample(dz_g, per_sample), a_g.transpose(1, 2))
-        else:
-            for start, end, sample in runs:
-                dx[start:end].addmm_(dz_g[start:end], a_g[sample].t())
+    if n := segments.per_sample:
+        for dz_g, a_g in zip(dz, a, strict=True):
+            _by_sample(dx, n).baddbmm_(_by_sample(dz_g, n), a_g.transpose(1, 2))
+        return dx
+    for start, end, sample in _runs(segments):
+        for dz_g, a_g in zip(dz, a, strict=True):
+            dx[start:end].addmm_(dz_g[start:end], a_g[sample].t())
     return dx
 
 
-def _da(x: Tensor, a: list[Tensor], dz: Tensor, runs: list[Run], per_sample: int) -> Tensor:
-    da = x.new_empty(len(a), *a[0].shape)
-    if per_sample:
-        x_t = _by_sample(x, per_sample).transpose(1, 2)
+def factor_grad(x: Tensor, dz: Tensor, segments: Segments) -> Tensor:
+    """``dA_g = x_sᵀ dz_g`` [G, S, d_in, r] for every sample, exactly zero for samples without tokens."""
+    samples = len(segments.first) - 1
+    da = x.new_empty(dz.shape[0], samples, x.shape[1], dz.shape[2])
+    if n := segments.per_sample:
         for da_g, dz_g in zip(da, dz, strict=True):
-            torch.bmm(x_t, _by_sample(dz_g, per_sample), out=da_g)
+            torch.bmm(_by_sample(x, n).transpose(1, 2), _by_sample(dz_g, n), out=da_g)
         return da
     seen: set[int] = set()
-    for start, end, sample in runs:
+    for start, end, sample in _runs(segments):
         for da_g, dz_g in zip(da, dz, strict=True):  # a sample may own several runs: the first writes, the others add
             out = da_g[sample]
             torch.addmm(out, x[start:end].t(), dz_g[start:end], beta=float(sample in seen), out=out)
         seen.add(sample)
-    for sample in set(range(da.shape[1])) - seen:
+    for sample in set(range(samples)) - seen:
         da[:, sample].zero_()
     return da
 
@@ -152,7 +114,3 @@ def _spans(runs: list[Run]) -> list[tuple[int, int]]:
         else:
             spans.append((start, end))
     return spans
-
-
-def _covers(runs: list[Run], tokens: int) -> bool:
-    return _spans(runs) == [(0, tokens)]

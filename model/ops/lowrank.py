@@ -16,6 +16,7 @@ which is plain differentiable torch.
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -47,8 +48,8 @@ def lowrank_linear(
         scale: alpha / r.
         bias: [d_out] or None.
         rows: the sample of each row (``Rows.padded`` or an int [R] tensor) or of each segment (``Rows.packed``); -1 for
-            a row without an image, which gets the plain linear layer exactly. None: row i is sample i. Build ``Rows``
-            once per batch: a tensor is read on the host at every call.
+            a row without an image, which gets the plain linear layer exactly. None: row i is sample i, and a single
+            sample serves every row. Build ``Rows`` once per batch: a tensor is read on the host at every call.
 
     Returns:
         [..., d_out] in the dtype of ``x`` (of autocast, where that is on).
@@ -111,7 +112,7 @@ def _apply(
 ) -> tuple[Tensor, ...]:
     _check(x, weights, biases, a, b)
     lead, length = x.shape[:-1], x.shape[1] if x.dim() == 3 else 1
-    rows = as_rows(rows, a[0].shape[0])
+    rows = as_rows(rows, a[0].shape[0], x.shape[0])
     tokens = x.reshape(-1, x.shape[-1])
     if rows.tokens(length) != tokens.shape[0]:
         raise ValueError(f"rows describe {rows.tokens(length)} tokens, but x is {tuple(x.shape)}")
@@ -166,12 +167,32 @@ def lowrank_linear_op(
 ) -> list[Tensor]:
     """G outputs [T, d_out_g] and z [G, T, r]. ``x`` [T, d_in]; ``segments`` as ``Segments.tensors()``."""
     segments = Segments(*segments, per_sample, max_len)
-    name = backend_for(x.device)
-    if name == "cpu":
-        return cpu.forward(x, weights, biases, a, b, scale, segments)
+    return forward(_kernels(x.device), x, weights, biases, a, b, scale, segments)
+
+
+def forward(
+    kernels: ModuleType,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scale: float,
+    segments: Segments,
+) -> list[Tensor]:
+    """The op's forward on one backend (``cpu`` or ``hybrid``): G outputs and, last, z [G, T, r]."""
+    z = kernels.shrink(x, a, scale, segments)
+    none = [None] * len(a)
+    parts = zip(weights or none, biases or none, z, b, strict=True)
+    return [*(kernels.project(x, w, bias, z_g, b_g, segments) for w, bias, z_g, b_g in parts), z]
+
+
+def _kernels(device: torch.device) -> ModuleType:
+    if backend_for(device) == "cpu":
+        return cpu
     from model.ops import hybrid  # Triton is imported only where it runs
 
-    return hybrid.forward(x, weights, biases, a, b, scale, segments, fused=name == "fused")
+    return hybrid
 
 
 @lowrank_linear_op.register_fake
@@ -199,17 +220,43 @@ def lowrank_linear_backward_op(
 ) -> list[Tensor]:
     """The gradients asked for, and only those: dx, da [G, S, d_in, r], db per g, dW per g, dbias per g."""
     segments = Segments(*segments, per_sample, max_len)
-    args = (dy, x, weights, a, b, z, scale, segments, need_dx, need_da, need_db)
-    name = backend_for(x.device)
-    if name == "cpu":
-        dx, da, db = cpu.backward(*args)
-    else:
-        from model.ops import hybrid
+    needs = (need_dx, need_da, need_db, need_dw, need_dbias)
+    return backward(_kernels(x.device), dy, x, weights, a, b, z, scale, segments, *needs)
 
-        dx, da, db = hybrid.backward(*args, fused=name == "fused")
-    dw = [torch.mm(dy_g.t(), x) for dy_g in dy] if need_dw else []
-    dbias = [dy_g.sum(0) for dy_g in dy] if need_dbias else []
-    return [t for t in (dx, da) if t is not None] + db + dw + dbias
+
+def backward(
+    kernels: ModuleType,
+    dy: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    z: Tensor,
+    scale: float,
+    segments: Segments,
+    need_dx: bool,
+    need_da: bool,
+    need_db: bool,
+    need_dw: bool,
+    need_dbias: bool,
+) -> list[Tensor]:
+    """The op's backward on one backend, see ``lowrank_linear_backward_op``."""
+    out = []
+    if need_dx or need_da:
+        dz = torch.empty_like(z)
+        for dz_g, dy_g, b_g in zip(dz, dy, b, strict=True):
+            torch.addmm(dz_g, dy_g, b_g.t(), beta=0, alpha=scale, out=dz_g)
+    if need_dx:
+        out.append(kernels.input_grad(dy, weights, dz, a, segments))
+    if need_da:
+        out.append(kernels.factor_grad(x, dz, segments))
+    if need_db:  # z is zero where there is no sample, so the whole batch is one GEMM
+        out += [torch.mm(z_g.t(), dy_g) for z_g, dy_g in zip(z, dy, strict=True)]
+    if need_dw:
+        out += [torch.mm(dy_g.t(), x) for dy_g in dy]
+    if need_dbias:
+        out += [dy_g.sum(0) for dy_g in dy]
+    return out
 
 
 @lowrank_linear_backward_op.register_fake

@@ -122,19 +122,18 @@ class Rows:
 
 
 @lru_cache(maxsize=64)
-def one_row_each(n: int) -> Rows:
-    """Row i is sample i, for n samples."""
-    return Rows(tuple(range(n)), n)
+def _unnamed(n_samples: int, n_rows: int) -> Rows:
+    return Rows((0,) * n_rows if n_samples == 1 else tuple(range(n_samples)), n_samples)
 
 
-def as_rows(rows: Rows | Tensor | None, n_samples: int) -> Rows:
-    """What the public functions accept as ``rows``, as ``Rows``.
+def as_rows(rows: Rows | Tensor | None, n_samples: int, n_rows: int) -> Rows:
+    """What the public functions accept as ``rows``, as ``Rows``: None is row i for sample i, or one sample for all.
 
     Raises:
         ValueError: ``rows`` was built for another number of samples.
     """
     if rows is None:
-        return one_row_each(n_samples)
+        return _unnamed(n_samples, n_rows)
     if isinstance(rows, Tensor):
         return Rows.padded(rows, n_samples)
     if rows.n_samples != n_samples:
