@@ -110,6 +110,19 @@ class ConnectorConfig:
 
 
 @dataclass
+class OpsConfig:
+    """The low-rank ops of a training run (docs/kernels.md); evaluation always takes `auto`.
+
+    Attributes:
+        backend: `auto` (hybrid on CUDA, cpu elsewhere), `reference` (plain differentiable torch), `cpu` (plain torch,
+            accumulating in place), `hybrid` (Triton around cuBLAS) or `fused` (Triton base GEMM where the tuner has
+            measured it to pay, else as hybrid).
+    """
+
+    backend: str = "auto"
+
+
+@dataclass
 class ModelConfig:
     """Everything `model.build` needs."""
 

@@ -16,8 +16,17 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from model.config import ConnectorConfig, GeneratorConfig, LLMConfig, ModelConfig, VisionConfig, parse_types
+from model.config import (
+    ConnectorConfig,
+    GeneratorConfig,
+    LLMConfig,
+    ModelConfig,
+    OpsConfig,
+    VisionConfig,
+    parse_types,
+)
 from model.errors import UserError
+from model.ops import BACKENDS
 from train.data import DataConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -227,6 +236,7 @@ class RunConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
+    ops: OpsConfig = field(default_factory=OpsConfig)
     data: DataConfig = field(default_factory=DataConfig)
     stage: StageConfig = field(default_factory=StageConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -325,6 +335,7 @@ def validate(config: RunConfig) -> None:
     one_of("launch.mode", config.launch.mode, ("local", "none"))
     one_of("connector.name", config.connector.name, ("vlora", "mlp", "qformer"))
     one_of("generator.init", generator.init, ("paper", "stable"))
+    one_of("ops.backend", config.ops.backend, BACKENDS)
     check(engine.zero_stage in (0, 1, 2, 3), f"engine.zero_stage={engine.zero_stage}: choose 0, 1, 2 or 3")
     try:
         parse_types(generator.types)

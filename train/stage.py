@@ -17,6 +17,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from model.connectors import FeatureNorm
 from model.errors import UserError
 from model.loading import fingerprint
+from model.ops import set_backend
 from model.vision import build_vision
 from model.vlm import VisionLanguageModel, build_model
 from model.weights import base_norms
@@ -49,6 +50,7 @@ def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: Stop
     rank, world = distributed.rank(), distributed.world_size()
     micro_steps = accumulation(config, world)
     _seed(config)
+    backend = set_backend(config.ops.backend, device)
 
     tokenizer = AutoTokenizer.from_pretrained(config.llm.path)
     identity = {"llm": fingerprint(config.llm.path), "vision": fingerprint(config.vision.path)}
@@ -84,6 +86,7 @@ def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: Stop
         "zero_stage": engine.zero_stage,
         "total_steps": total_steps,
         "accumulation": micro_steps,
+        "ops_backend": backend,
         "vision_features_cached": config.vision.cache,
         "parameters": counts,
         "identity": identity,
@@ -93,7 +96,8 @@ def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: Stop
         print(table)
         print(
             f"{config.stage.name}: {total_steps} steps of {config.data.batch_size} samples, world size {world}, "
-            f"ZeRO stage {engine.zero_stage}, {config.engine.precision}, {micro_steps} micro-steps"
+            f"ZeRO stage {engine.zero_stage}, {config.engine.precision}, {micro_steps} micro-steps, "
+            f"ops backend {backend} (asked for {config.ops.backend})"
             + (f", resumed at step {progress.step} from {found}" if found else ""),
             flush=True,
         )

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.ops import Rows, lowrank_delta, lowrank_linear, lowrank_linear_group, set_backend, split_perceptual
+from model.ops.backend import backend_for
 from model.ops.lowrank import lowrank_linear_backward_op, lowrank_linear_op
 
 D_IN, RANK, D_OUT, LENGTH = 12, 4, (10, 6), 5
@@ -305,3 +306,11 @@ def test_misuse_is_named(change, message):
 def test_unknown_backend_is_named():
     with pytest.raises(ValueError, match="choose one of auto, reference"):
         set_backend("cuda")
+
+
+def test_triton_backends_are_refused_where_they_cannot_run():
+    assert set_backend("auto", torch.device("cpu")) == "cpu"
+    for name in ("hybrid", "fused"):
+        with pytest.raises(ValueError, match=f"ops.backend={name} needs .*; set ops.backend=auto"):
+            set_backend(name, torch.device("cpu"))
+    assert backend_for(torch.device("cpu")) == "cpu"

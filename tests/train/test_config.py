@@ -51,6 +51,7 @@ def test_a_saved_configuration_loads_as_it_was(tmp_path):
         ("connector=magic", r"magic"),
         ("connector.name=vlra", r"did you mean vlora\?"),
         ("generator.types=qx", r"unknown type 'x'; known: q, k, v"),
+        ("ops.backend=hybird", r"ops\.backend=hybird: choose one of auto, reference, .*did you mean hybrid\?"),
         ("generator.rank=0", r"generator\.rank=0: must be above 0"),
         ("stage.epochs=1", r"give one of the two"),
         ("optim.betas=[0.9]", r"give two numbers"),
