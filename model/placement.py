@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -53,6 +54,11 @@ class Placement:
     def of_type(self, weight_type: str) -> tuple[Site, ...]:
         """The sites of one type, by layer."""
         return tuple(site for site in self.sites if site.type == weight_type)
+
+    def only(self, types: Sequence[str]) -> Placement:
+        """The same layers with some of the types."""
+        kept = tuple(t for t in self.types if t in types)
+        return Placement(self.layers, kept, tuple(site for site in self.sites if site.type in kept))
 
 
 def decoder_layers(llm: nn.Module) -> nn.ModuleList:

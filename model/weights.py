@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -22,7 +22,7 @@ class PerceptualWeights:
         a: Per site, the generated factor [S, d_in, r].
         b: Per site, the learned factor [r, d_out], the same for all samples.
         scale: alpha / r.
-        rows: The sample of each text row; None: row i is sample i.
+        rows: The sample of each text row; None: row i is sample i, and a single sample serves every row.
     """
 
     placement: Placement
@@ -47,6 +47,12 @@ class PerceptualWeights:
     def select(self, samples: Tensor) -> PerceptualWeights:
         """The weights of some samples, int64 indices, without rows."""
         return replace(self, a={site: a[samples] for site, a in self.a.items()}, rows=None)
+
+    def of_types(self, types: Sequence[str]) -> PerceptualWeights:
+        """Only the deltas of some types."""
+        placement = self.placement.only(types)
+        parts = ({site: factors[site] for site in placement.sites} for factors in (self.a, self.b))
+        return PerceptualWeights(placement, *parts, self.scale, self.rows)
 
     def delta(self, site: Site, sample: int) -> Tensor:
         """dW [d_out, d_in] of one sample, in fp32, in the layout of `nn.Linear.weight`."""
