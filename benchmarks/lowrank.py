@@ -1,31 +1,43 @@
 """The low-rank op against the einsum-and-index form and against no low-rank term at all.
 
-    python -m benchmarks.lowrank --llm FOLDER [--layers N]   a frozen HF decoder, forward + backward
-    python -m benchmarks.lowrank                             single projections: SmolLM2-135M and 7B shapes
+    python -m benchmarks.lowrank --llm FOLDER [--layers N]   a frozen HF decoder, forward + backward, as in pretraining
+    python -m benchmarks.lowrank                             single projections and q,k,v: SmolLM2-135M and 7B shapes
     python -m benchmarks.lowrank --predict                   bytes, FLOPs and A100 roofline time of every kernel
 
-``--json FILE`` writes the same figures. Every comparison interleaves its variants and takes each one's median, so that
-a busy machine slows all of them alike; the ratios are the result. With a CUDA device the projections run there in bf16,
-on whatever backend ``auto`` picks, and the table adds achieved TFLOP/s and the error against float64.
+``--json FILE`` writes the same figures. The variants take turns and each turn gives one ratio, of which the median is
+reported, so that a busy machine slows both sides alike. On the CPU one thread runs, as in a rank of the demo, with the
+demo's allocator settings, and CPU seconds are counted: what other processes take from the clock is not. With a CUDA
+device everything runs there in bf16 on whatever backend ``auto`` picks, and the table adds achieved TFLOP/s and the
+error against float64.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
+import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 
-from model.ops import lowrank_delta, lowrank_linear, lowrank_linear_group, split_perceptual
+from model.config import GeneratorConfig
+from model.injection import inject
+from model.ops import lowrank_linear, lowrank_linear_group, split_perceptual
 from model.ops.backend import backend_for
+from model.placement import Placement, Site, decoder_layers, place
+from model.weights import PerceptualWeights
+from train.launch import CPU_ALLOCATOR
 
 RANK = 64
+TYPES = ("q", "k", "v", "o", "m")
 A100_FLOPS, A100_BYTES = 312e12, 2.0e12
 """bf16 tensor-core peak and memory bandwidth (NVIDIA A100 80 GB SXM data sheet)."""
 
@@ -35,163 +47,160 @@ def einsum_term(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.einsum("blr,rd->bld", torch.einsum("bld,bdr->blr", x, a), b)
 
 
-def interleaved(variants: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """Median of what each variant returns (seconds), variants taking turns; one unmeasured turn first."""
+def seconds(run: Callable[[], object]) -> float:
+    """What ``run`` takes: on the GPU wall time, on the CPU the time this process is given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def interleaved(variants: dict[str, Callable[[], object]], turns: int) -> dict[str, list[float]]:
+    """Seconds of every turn by variant, the variants taking turns; one unmeasured turn first."""
     taken: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(repeats + 1):
+    for turn in range(turns + 1):
         for name, run in variants.items():
-            seconds = run()
+            value = seconds(run)
             if turn:
-                taken[name].append(seconds)
-    return {name: median(values) for name, values in taken.items()}
+                taken[name].append(value)
+    return taken
 
 
-def ratios(seconds: dict[str, float]) -> dict[str, float]:
+def ratios(taken: dict[str, list[float]], form: str = "ours") -> dict[str, float | dict[str, float]]:
     """Ratios first: overhead over no low-rank term, and low-rank time of the einsum form over ours."""
-    ours, plain, einsum = (seconds[name] for name in ("ours", "plain", "einsum and index"))
+    plain, ours, einsum = (taken[name] for name in ("plain", form, "einsum and index"))
+
+    def extra(values: list[float]) -> float:
+        return median(value / base - 1 for value, base in zip(values, plain, strict=True))
+
     return {
-        "overhead": ours / plain - 1,
-        "einsum_overhead": einsum / plain - 1,
-        "low_rank_speedup": (einsum - plain) / max(ours - plain, 1e-9),
-        "seconds": seconds,
+        "overhead": extra(ours),
+        "einsum_overhead": extra(einsum),
+        "low_rank_speedup": extra(einsum) / max(extra(ours), 1e-9),
+        "seconds": {name: median(values) for name, values in taken.items()},
     }
 
 
-class Placement:
-    """The op in every 4th layer of a frozen HF decoder: q, k, v, o, and m beside the MLP.
+@contextmanager
+def einsum_and_index(llm: nn.Module, placement: Placement, generated: Tensor, b: dict[Site, Tensor]) -> Iterator[None]:
+    """Inside the block the placed modules add the term as the released code does.
 
-    ``form`` says what the patched modules add: "plain" nothing, "einsum and index", "ours", or "ours, q,k,v grouped".
+    ``generated`` is the generator's whole output [S, types, layers, d, r], indexed at every use.
     """
 
-    def __init__(self, layers: nn.ModuleList, samples: int) -> None:
-        self.form = "plain"
-        self.layers = list(layers)[3::4]
-        d = layers[0].self_attn.q_proj.in_features
-        self.generated = (torch.randn(samples, 5, len(self.layers), d, RANK) * 0.02).requires_grad_()
-        self.b: list[dict[str, Tensor]] = []
-        self.a: list[tuple[Tensor, ...]] = []
-        for i, layer in enumerate(self.layers):
-            attention = layer.self_attn
-            modules = {"q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj, "o": attention.o_proj}
-            self.b.append({kind: self._shared(module.out_features) for kind, module in modules.items()})
-            self.b[i]["m"] = self._shared(d)
-            group = [modules[kind] for kind in "qkv"]
-            for kind, module in modules.items():
-                module.forward = self._projection(module, kind, i, group)
-            layer.mlp.forward = self._mlp(layer.mlp, i)
+    def forward(x: Tensor, plain: Callable, site: Site) -> Tensor:
+        a = generated[:, TYPES.index(site.type), placement.layers.index(site.layer)]
+        return plain(x) + einsum_term(x, a, b[site])
 
-    def parameters(self) -> list[Tensor]:
-        """What training would update."""
-        return [self.generated, *(b for layer in self.b for b in layer.values())]
-
-    def start(self, form: str) -> None:
-        """Begin a forward in ``form``."""
-        self.form = form
-        if form.startswith("ours"):
-            self.a = [split_perceptual(part) for part in self.generated.unbind(1)]
-
-    @staticmethod
-    def _shared(d_out: int) -> Tensor:
-        return (torch.randn(RANK, d_out) * 0.02).requires_grad_()
-
-    def _projection(self, module: nn.Linear, kind: str, i: int, group: list[nn.Linear]) -> Callable[[Tensor], Tensor]:
-        t, plain = "qkvom".index(kind), module.forward
-
-        def forward(x: Tensor) -> Tensor:
-            if self.form == "plain":
-                return plain(x)
-            if self.form == "einsum and index":
-                return plain(x) + einsum_term(x, self.generated[:, t, i], self.b[i][kind])
-            if self.form == "ours" or kind == "o":
-                return lowrank_linear(x, module.weight, self.a[t][i], self.b[i][kind], 1.0)
-            if kind == "q":
-                weights, b = [p.weight for p in group], [self.b[i][k] for k in "qkv"]
-                self.ready = list(lowrank_linear_group(x, weights, [self.a[j][i] for j in range(3)], b, 1.0))
-            return self.ready.pop(0)
-
-        return forward
-
-    def _mlp(self, mlp: nn.Module, i: int) -> Callable[[Tensor], Tensor]:
-        plain = mlp.forward
-
-        def forward(x: Tensor) -> Tensor:
-            if self.form == "plain":
-                return plain(x)
-            if self.form == "einsum and index":
-                return plain(x) + einsum_term(x, self.generated[:, 4, i], self.b[i]["m"])
-            return plain(x) + lowrank_delta(x, self.a[4][i], self.b[i]["m"], 1.0)
-
-        return forward
+    modules = {site: decoder_layers(llm)[site.layer].get_submodule(site.module) for site in placement.sites}
+    for site, module in modules.items():
+        module.forward = functools.partial(forward, plain=module.forward, site=site)
+    yield
+    for module in modules.values():
+        del module.forward
 
 
-def whole_llm(folder: Path, n_layers: int | None, rows: int, length: int, repeats: int) -> dict[str, dict]:
-    """Forward + backward of the frozen decoder at ``folder``, inputs needing gradients in every variant."""
+def whole_llm(folder: Path, n_layers: int | None, rows: int, length: int, turns: int) -> dict[str, dict]:
+    """Forward + backward through the frozen decoder at ``folder``, q, k, v, o and m in every 4th layer.
+
+    The inputs need gradients in every variant. The head is left out: it would only dilute the ratio. "ours" is the real
+    injection, as in training; "einsum and index" is the released code's form in the same places.
+    """
     from transformers import AutoModelForCausalLM
 
-    llm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    llm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).requires_grad_(False).to(device)
     llm.model.layers = llm.model.layers[:n_layers]
-    placement = Placement(llm.model.layers, rows)
-    x = torch.randn(rows, length, llm.config.hidden_size, requires_grad=True)
-    labels = torch.randint(llm.config.vocab_size, (rows, length))
+    layers = list(range(3, len(llm.model.layers), 4))
+    placement = place(llm, GeneratorConfig(rank=RANK, types=list(TYPES), every=None, layers=layers))
+    d = llm.config.hidden_size
 
-    def step(form: str) -> float:
-        for p in (x, *placement.parameters()):
-            p.grad = None
-        start = time.perf_counter()
-        placement.start(form)
-        llm(inputs_embeds=x, labels=labels, use_cache=False).loss.backward()
-        return time.perf_counter() - start
+    def leaf(*shape: int) -> Tensor:
+        return (torch.randn(shape, device=device) * 0.02).to(dtype).requires_grad_()
 
-    forms = ("plain", "einsum and index", "ours", "ours, q,k,v grouped")
-    seconds = interleaved({form: (lambda form=form: step(form)) for form in forms}, repeats)
-    name = f"{folder.name}, {len(llm.model.layers)} layers, {rows} x {length}"
-    grouped = seconds.pop("ours, q,k,v grouped")
-    return {name: ratios(seconds), f"{name}, q,k,v grouped": ratios(seconds | {"ours": grouped})}
+    inject(llm, placement)
+    whole = leaf(rows, len(TYPES), len(layers), d, RANK)
+    generated = {t: leaf(rows, len(layers), d, RANK) for t in TYPES}  # as the generator's heads hand it out
+    b = {site: leaf(RANK, site.d_out) for site in placement.sites}
+    x = leaf(rows, length, d)
+    seed = torch.randn(rows, length, d, device=device, dtype=dtype)
+    leaves = [x, whole, *generated.values(), *b.values()]
+
+    def weights() -> PerceptualWeights:
+        a = {}
+        for t in TYPES:
+            a |= zip(placement.of_type(t), split_perceptual(generated[t]), strict=True)
+        return PerceptualWeights(placement, a, b, 1.0)
+
+    def step(form: str) -> None:
+        for tensor in leaves:
+            tensor.grad = None
+        given = {"perceptual_weights": weights()} if form == "ours" else {}
+        with einsum_and_index(llm, placement, whole, b) if form == "einsum and index" else nullcontext():
+            hidden = llm.get_decoder()(inputs_embeds=x, use_cache=False, **given).last_hidden_state
+        hidden.backward(seed)
+
+    forms = ("plain", "einsum and index", "ours")
+    taken = interleaved({form: (lambda form=form: step(form)) for form in forms}, turns)
+    return {f"{folder.name}, {len(llm.model.layers)} layers, {rows} x {length}": ratios(taken)}
 
 
-def one_projection(samples: int, length: int, d_in: int, d_out: int, groups: int, repeats: int) -> dict:
-    """One frozen projection in each of ``groups`` placed layers, whose A are one generator output [S, G, d_in, r]."""
+def one_projection(samples: int, length: int, d_in: int, d_out: tuple[int, ...], layers: int, turns: int) -> dict:
+    """Frozen projections of one x (``d_out`` each) in ``layers`` placed layers, A out of one [S, layers, d_in, r].
+
+    With several projections "ours" is one op per layer and "ours, one by one" an op each.
+    """
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 
     def leaf(*shape: int) -> Tensor:
         return (torch.randn(shape, device=device) / shape[-1] ** 0.5).to(dtype).requires_grad_()
 
-    x, b, generated = leaf(samples, length, d_in), leaf(RANK, d_out), leaf(samples, groups, d_in, RANK)
-    w = leaf(d_out, d_in).detach()
-
-    dy = [leaf(samples, length, d_out).detach()] * groups
+    x, b = leaf(samples, length, d_in), [leaf(RANK, n) for n in d_out]
+    w = [leaf(n, d_in).detach() for n in d_out]
+    generated = [leaf(samples, layers, d_in, RANK) for _ in d_out]
+    dy = [leaf(samples, length, n).detach() for n in d_out] * layers
 
     def outputs(form: str) -> list[Tensor]:
         if form == "plain":
-            return [nn.functional.linear(x, w) for _ in range(groups)]
+            return [nn.functional.linear(x, w_g) for _ in range(layers) for w_g in w]
         if form == "einsum and index":
-            return [nn.functional.linear(x, w) + einsum_term(x, generated[:, i], b) for i in range(groups)]
-        return [lowrank_linear(x, w, a, b, 1.0) for a in split_perceptual(generated)]
+            return [
+                nn.functional.linear(x, w_g) + einsum_term(x, a[:, i], b_g)
+                for i in range(layers)
+                for w_g, a, b_g in zip(w, generated, b, strict=True)
+            ]
+        factors = zip(*(split_perceptual(a) for a in generated), strict=True)
+        if form == "ours":
+            return [y for a in factors for y in lowrank_linear_group(x, w, a, b, 1.0)]
+        return [lowrank_linear(x, *args, 1.0) for a in factors for args in zip(w, a, b, strict=True)]
 
-    def timed(form: str, backward: bool) -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
+    def step(form: str, backward: bool) -> None:
         y = outputs(form)
         if backward:
             torch.autograd.backward(y, dy)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        x.grad = b.grad = generated.grad = None
-        return seconds
+            x.grad = None
+            for tensor in (*b, *generated):
+                tensor.grad = None
 
-    forms = ("plain", "einsum and index", "ours")
+    forms = ["plain", "einsum and index", "ours", *["ours, one by one"] * (len(d_out) > 1)]
     found = {}
     for name, backward in (("forward", False), ("forward + backward", True)):
-        variants = {form: (lambda form=form, backward=backward: timed(form, backward)) for form in forms}
-        found[name] = ratios(interleaved(variants, repeats))
-    flops = 2 * groups * samples * length * (d_in * d_out + RANK * (d_in + d_out))
-    found["forward"]["tflops"] = flops / found["forward"]["seconds"]["ours"] / 1e12
-    if device == "cuda":
-        want = nn.functional.linear(x.double(), w.double()) + einsum_term(
-            x.double(), generated[:, 0].double(), b.double()
+        taken = interleaved({f: (lambda f=f, backward=backward: step(f, backward)) for f in forms}, turns)
+        found[name] = ratios(taken)
+        if len(d_out) > 1:
+            found[f"{name}, one by one"] = ratios(taken, "ours, one by one")
+        flops = (
+            2 * layers * samples * length * sum(d_in * n + RANK * (d_in + n) for n in d_out) * (3 if backward else 1)
         )
+        found[name]["tflops"] = flops / found[name]["seconds"]["ours"] / 1e12
+    if device == "cuda":
+        wide = x.double(), w[0].double(), generated[0][:, 0].double(), b[0].double()
+        want = nn.functional.linear(wide[0], wide[1]) + einsum_term(wide[0], *wide[2:])
         for form in ("einsum and index", "ours"):
             found["forward"][f"error_{form}"] = ((outputs(form)[0].double() - want).norm() / want.norm()).item()
         found["forward"]["share_of_peak"] = found["forward"]["tflops"] * 1e12 / A100_FLOPS
@@ -231,7 +240,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="keep only its first N layers (a multiple of 4)")
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--length", type=int, default=48)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--predict", action="store_true")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
@@ -247,24 +256,30 @@ def main() -> None:
                 print(f"  {name:26s} {mb:9.1f} MB {gflop:9.1f} GFLOP {us:8.1f} us")
     else:
         torch.manual_seed(0)
+        on_cpu = not torch.cuda.is_available()
+        if on_cpu:
+            if not os.environ.keys() >= CPU_ALLOCATOR.keys():  # glibc reads them when a process starts
+                os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | CPU_ALLOCATOR)
+            torch.set_num_threads(1)
         if args.llm:
-            found = whole_llm(args.llm, args.layers, args.rows, args.length, args.repeats)
+            found = whole_llm(args.llm, args.layers, args.rows, args.length, args.turns)
         else:
             shapes = {
-                "SmolLM2 q, 32 x 48": (32, 48, 576, 576, 7),
-                "SmolLM2 k, 32 x 48": (32, 48, 576, 192, 7),
-                "7B q, 4 x 64": (4, 64, 4096, 4096, 2),
+                "SmolLM2 q, 32 x 48": (32, 48, 576, (576,), 7),
+                "SmolLM2 q,k,v, 32 x 48": (32, 48, 576, (576, 192, 192), 7),
+                "7B q, 4 x 64": (4, 64, 4096, (4096,), 2),
             }
             for name, shape in shapes.items():
-                for phase, row in one_projection(*shape, args.repeats).items():
+                for phase, row in one_projection(*shape, args.turns).items():
                     found[f"{name}, {phase}"] = row
-        device = torch.device("cuda" if torch.cuda.is_available() and not args.llm else "cpu")
-        where = f"{device}, backend {backend_for(device)}, {torch.get_num_threads()} threads"
+        device = torch.device("cpu" if on_cpu else "cuda")
+        where = f"{device}, backend {backend_for(device)}" + (", 1 thread, CPU seconds" if on_cpu else "")
         print(f"overhead over the plain layer: ours / einsum and index; low-rank time, einsum over ours  ({where})")
         for name, row in found.items():
-            print(
-                f"  {name:50s} {row['overhead']:7.1%} / {row['einsum_overhead']:7.1%}   {row['low_rank_speedup']:6.1f}x"
-            )
+            ours, einsum = row["overhead"], row["einsum_overhead"]
+            print(f"  {name:50s} {ours:7.1%} / {einsum:7.1%}   {row['low_rank_speedup']:6.1f}x")
+        if on_cpu:
+            print("not measured on a GPU")
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -17,6 +17,10 @@ from train.config import RunConfig
 
 _CODE = Path(__file__).resolve().parents[1]
 
+CPU_ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**26)}
+"""glibc hands large tensors back to the kernel when they are freed and faults every page in again at the next step;
+keeping them is worth 20 % of a step."""
+
 
 def local(config: RunConfig, run_dir: Path) -> bool:
     """Run the stage with `launch.workers` processes and wait for it.
@@ -37,9 +41,7 @@ def local(config: RunConfig, run_dir: Path) -> bool:
         "PYTHONPATH": os.pathsep.join(filter(None, [str(_CODE), os.environ.get("PYTHONPATH")])),
     }
     if not torch.cuda.is_available():
-        # glibc hands large tensors back to the kernel when they are freed and faults every page in again at the next
-        # step; keeping them is worth 20 % of a step.
-        os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**26)}
+        os.environ |= CPU_ALLOCATOR
     for marker in ("STOP", "STOPPED"):
         (run_dir / marker).unlink(missing_ok=True)
     elastic = ElasticConfig(
