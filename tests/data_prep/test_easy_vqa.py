@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+from collections import Counter, defaultdict
 
 import pytest
 
@@ -11,7 +12,7 @@ from data_prep.errors import DataError
 from data_prep.schema import Split
 from data_prep.sources.easy_vqa import CAPTIONS, COLORS, SHAPES, EasyVQA, Facts, answer_type, captions, facts
 
-SPLITS = ("caption_train", "caption_val", "train", "val", "test")
+SPLITS = ("caption_train", "caption_val", "train", "balanced_train", "val", "test")
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,26 @@ def test_every_official_question_arrives_once(prepared, part):
         assert sorted(ours) == official
 
 
+def test_balanced_questions_are_training_questions_that_text_alone_cannot_answer(prepared):
+    def count(split):
+        return Counter((s.id, q["content"], a["content"]) for s in prepared[split] for q, a in s.conversations)
+
+    train, ours = count("train"), count("balanced_train")
+    assert ours < train
+    answers: dict[str, Counter] = defaultdict(Counter)
+    for (_, question, answer), n in ours.items():
+        answers[question][answer] += n
+    rarer: dict[str, Counter] = defaultdict(Counter)
+    for (_, question, answer), n in train.items():
+        rarer[question][answer] += n
+    assert answers.keys() == rarer.keys()
+    for question, counts in answers.items():
+        if {"yes", "no"} & counts.keys():
+            assert counts["yes"] == counts["no"] == min(rarer[question].values()), question
+        else:
+            assert counts == rarer[question]
+
+
 def test_captions_use_only_training_questions(part, tmp_path):
     """Without any test question on disk, and whatever the test questions say, the captions are the same."""
     raw = part("easy_vqa")
@@ -85,14 +106,14 @@ def test_second_run_does_nothing(part, tmp_path, capsys, monkeypatch):
     argv = ["data_prep", "source=easy_vqa", f"root={tmp_path}", f"source.path={part('easy_vqa')}"]
     monkeypatch.setattr(sys, "argv", argv)
     entry.main()
-    assert capsys.readouterr().out.count(": made: ") == 5
+    assert capsys.readouterr().out.count(": made: ") == len(SPLITS)
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.*")}
     entry.main()
-    assert capsys.readouterr().out.count("up to date") == 5
+    assert capsys.readouterr().out.count("up to date") == len(SPLITS)
     assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.*")}
     monkeypatch.setattr(sys, "argv", [*argv, "source.captions=short"])
     entry.main()
-    assert capsys.readouterr().out.count(": made: ") == 5
+    assert capsys.readouterr().out.count(": made: ") == len(SPLITS)
 
 
 @pytest.mark.parametrize(
