@@ -26,7 +26,8 @@ def main() -> int:
         report.write(folder / split)
     for split, manifest in result.manifests.items():
         state = "made" if split in result.made else "up to date"
-        dropped = f", {sum(manifest.dropped.values())} dropped" if manifest.dropped else ""
+        dropped = sum(manifest.dropped.values())
+        dropped = f", {dropped} dropped (why: {report.REPORT} there)" if dropped else ""
         print(
             f"{folder / split}: {state}: {manifest.samples} samples, {manifest.images} images "
             f"({manifest.unique_images} different), {manifest.dialogues} dialogues{dropped}"

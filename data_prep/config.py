@@ -63,6 +63,9 @@ class PrepareConfig:
         """
         values = dict(self.source)
         kind = SOURCES[values.pop("kind")]
+        for key in ("samples", "samples_per_shard"):
+            if isinstance(values.get(key), int) and values[key] < 1:
+                raise DataError(f"source.{key}={values[key]}: at least 1")
         try:
             return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
         except OmegaConfBaseException as error:

@@ -67,6 +67,19 @@ class Options:
     template: str = "chat"
     max_length: int | None = None
 
+    def check(self) -> None:
+        """Raise a ``DataError`` that names the first key with an impossible value."""
+        if self.on_error not in ("fail", "drop"):
+            raise DataError(f"options.on_error={self.on_error}: choose fail or drop")
+        if not 0 <= self.max_drop_fraction <= 1:
+            raise DataError(f"options.max_drop_fraction={self.max_drop_fraction}: a share, 0 to 1")
+        if self.shrink is not None and self.shrink < self.min_side:
+            raise DataError(f"options.shrink={self.shrink}: at least options.min_side={self.min_side}")
+        if not 1 <= self.jpeg_quality <= 100:
+            raise DataError(f"options.jpeg_quality={self.jpeg_quality}: 1 to 100")
+        if self.max_length is not None and self.tokenizer is None:
+            raise DataError("options.max_length is in tokens and needs options.tokenizer")
+
 
 @dataclass
 class Task:
@@ -119,10 +132,7 @@ def prepare(
         DataError: a bad record under ``on_error=fail``, or more than ``max_drop_fraction`` of a split dropped.
     """
     options, task = options or Options(), task or Task()
-    if options.on_error not in ("fail", "drop"):
-        raise DataError(f"on_error={options.on_error}: choose fail or drop")
-    if options.max_length is not None and options.tokenizer is None:
-        raise DataError("max_length is in tokens and needs tokenizer=...")
+    options.check()
     made_from = {**source.made_from(), "options": asdict(options), "schema_version": schema.SCHEMA_VERSION}
     key = schema.digest(made_from)
     units = _plan(source, folder, key)
@@ -137,11 +147,13 @@ def prepare(
     ]
     work = partial(make_shard, source, folder, options, key)
     with tqdm(total=len(todo), unit="shard", disable=not progress, desc="prepare") as bar:
-        samples = 0
+        samples = dropped = 0
         for shard in _run(work, todo, workers):
             samples += shard.samples
+            dropped += sum(shard.dropped.values())
+            rate = samples / max(bar.format_dict["elapsed"], 1e-9)
+            bar.set_postfix(samples=samples, dropped=dropped, samples_s=f"{rate:.0f}")
             bar.update()
-            bar.set_postfix(samples=samples, samples_s=f"{samples / max(bar.format_dict['elapsed'], 1e-9):.0f}")
     for split, listed in units.items():
         if split not in stale:
             result.manifests[split] = schema.read_manifest(folder / split)

@@ -1,7 +1,9 @@
 """Shards, manifests and the mapped reader; preparation that is killed, split over tasks, or meets bad data."""
 
 import io
+import os
 import pickle
+import signal
 from dataclasses import dataclass
 
 import numpy as np
@@ -168,3 +170,33 @@ def test_late_tasks_share_units_out_alike(tmp_path):
     first = prepare(TwoSplits(), tmp_path, task=Task(0, 2))
     assert first.made == ["small"]
     assert prepare(TwoSplits(), tmp_path, task=Task(1, 2)).made == ["train"]
+
+
+class Fatal(Numbers):
+    """Its third unit ends the process that reads it, as the system does when memory is short."""
+
+    def read(self, split, unit):
+        if unit == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(split, unit)
+
+
+def test_a_worker_that_dies_is_one_clear_message(tmp_path):
+    with pytest.raises(DataError, match="a worker process died.*finished shards are kept"):
+        prepare(Fatal(), tmp_path, workers=2)
+    assert prepare(Numbers(), tmp_path).made == ["train"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Options(on_error="skip"), "options.on_error=skip: choose fail or drop"),
+        (Options(max_drop_fraction=1.5), "options.max_drop_fraction=1.5: a share"),
+        (Options(shrink=1), "options.shrink=1: at least options.min_side=2"),
+        (Options(jpeg_quality=0), "options.jpeg_quality=0: 1 to 100"),
+        (Options(max_length=9), "options.max_length is in tokens and needs options.tokenizer"),
+    ],
+)
+def test_impossible_options(tmp_path, options, message):
+    with pytest.raises(DataError, match=message):
+        prepare(Numbers(), tmp_path, options)
