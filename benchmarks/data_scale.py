@@ -1,11 +1,12 @@
-"""Prepare a million synthetic pairs, then go through them in the training order: rates, and the memory of each process.
+"""A million synthetic pairs prepared and gone through in the training order; a JSON file of LLaVA's size streamed.
 
     python benchmarks/data_scale.py OUT                       # prepares OUT/synthetic (1 GB), unless it is there
     python benchmarks/data_scale.py OUT --samples 100000
 
-The loader is the training loader on the tiny LLM's tokenizer: text templates, JPEG decode, batches. The order alone is
-gone through as well, for a whole epoch. Memory is private (anonymous) and total resident memory, from the kernel: pages
-of the mapped shards are resident too, but shared between ranks and given back when memory is short. Prints JSON.
+Rates, and the memory of each process, as JSON. The loader is the training loader on the tiny LLM's tokenizer: text
+templates, JPEG decode, batches. The order alone is gone through as well, for a whole epoch. Memory is private
+(anonymous) and total resident memory, from the kernel: pages of the mapped shards are resident too, but shared between
+ranks and given back when memory is short.
 """
 
 from __future__ import annotations
@@ -78,6 +79,35 @@ def prepare(out: Path, samples: int, workers: int) -> dict:
     }
 
 
+def stream_json(out: Path, records: int = 665_298) -> dict:
+    """Plan and read a file as large as LLaVA's mix (1 GB); memory is this process's own, so run it first."""
+    import resource
+
+    from data_prep import json_stream
+
+    def peak_mb() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "mix.json"
+    turns = [{"from": ("human", "gpt")[n % 2], "value": "lorem ipsum dolor sit amet " * 4} for n in range(10)]
+    try:
+        with file.open("w") as stream:
+            for number in range(records):
+                record = {"id": f"{number:012d}", "image": f"coco/train2017/{number:012d}.jpg", "conversations": turns}
+                stream.write(("[", ", ")[number > 0] + json.dumps(record))
+            stream.write("]")
+        before, start = peak_mb(), time.process_time()
+        ends = json_stream.boundaries(file, 5000)
+        planned = time.process_time() - start
+        count = sum(1 for span in zip(ends, ends[1:], strict=False) for _ in json_stream.read(file, *span))
+        seconds = {"plan_cpu_s": round(planned, 1), "read_cpu_s": round(time.process_time() - start - planned, 1)}
+        sizes = {"bytes": file.stat().st_size, "records": count}
+        return {**sizes, **seconds, "resident_mb_before": before, "resident_mb_peak": peak_mb()}
+    finally:
+        file.unlink(missing_ok=True)
+
+
 def iterate(out: Path, tokenizer: str, steps: int, batch_size: int) -> dict:
     """The epoch's order, then ``steps`` steps of the loader as rank 1 of 2, in this process."""
     import torch
@@ -120,6 +150,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=128)
     arguments = parser.parse_args()
+    print(json.dumps({"stream_json": stream_json(arguments.out)}), flush=True)
     print(json.dumps({"prepare": prepare(arguments.out, arguments.samples, arguments.workers)}), flush=True)
     print(json.dumps({"iterate": iterate(arguments.out, arguments.tokenizer, arguments.steps, arguments.batch_size)}))
 
