@@ -25,7 +25,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data_prep.errors import DataError
+from data_prep.errors import CorruptShardError, DataError
 
 SCHEMA_VERSION = 1
 ROLES = ("system", "user", "assistant")
@@ -53,6 +53,8 @@ ARROW = pa.schema(
 INDEX = np.dtype([("images", "<u2"), ("dialogues", "<u2"), ("characters", "<u4")])
 MANIFEST = "manifest.json"
 INDEX_FILE = "index.npy"
+OPEN_SHARDS = 256
+"""Shards that one ``Split`` keeps mapped: each holds a file descriptor, of which a process may have 1024."""
 MAX_EXAMPLES = 10
 
 Turn = dict[str, str]
@@ -364,62 +366,72 @@ class Split:
 
     Args:
         folder: ``<root>/<dataset>/<split>``.
+        whole: refuse a split with a missing or cut shard now, not when a sample of it is read.
 
     Raises:
-        DataError: no manifest, or a shard is missing or has another size than the manifest says.
+        DataError: no manifest.
+        CorruptShardError: a shard is missing or has another size than the manifest says.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, whole: bool = True) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
-        for shard in self.manifest.shards:
-            file = self.folder / shard["file"]
-            size = file.stat().st_size if file.is_file() else None
-            if size != shard["bytes"]:
-                found = "it is missing" if size is None else f"it has {size} bytes"
-                raise DataError(
-                    f"shard {file} should have {shard['bytes']} bytes, {found}; "
-                    "delete its .json receipt and the manifest, and prepare the data again"
-                )
+        for shard in self.manifest.shards if whole else ():
+            _check_size(self.folder, shard)
         self._starts = np.cumsum([0] + [shard["samples"] for shard in self.manifest.shards])
-        self._readers: dict[int, pa.ipc.RecordBatchFileReader] = {}
+        self._readers: OrderedDict[int, pa.ipc.RecordBatchFileReader] = OrderedDict()
+        self._sound: set[int] = set()
+        self._index: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.manifest.samples
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_readers": {}}
+        return {**self.__dict__, "_readers": OrderedDict(), "_index": None}
 
     @property
     def fingerprint(self) -> str:
         """Fingerprint of the data."""
         return self.manifest.fingerprint
 
+    def _shard(self, position: int) -> int:
+        return int(np.searchsorted(self._starts, position, side="right")) - 1
+
     def shard_of(self, position: int) -> Path:
         """File of the shard that holds sample ``position``."""
-        number = int(np.searchsorted(self._starts, position, side="right")) - 1
-        return self.folder / self.manifest.shards[number]["file"]
+        return self.folder / self.manifest.shards[self._shard(position)]["file"]
 
-    def _row(self, position: int) -> tuple[pa.RecordBatch, int]:
-        if not 0 <= position < len(self):
-            raise IndexError(f"sample {position} of {len(self)}")
-        number = int(np.searchsorted(self._starts, position, side="right")) - 1
-        at = position - int(self._starts[number])
+    def _reader(self, number: int) -> pa.ipc.RecordBatchFileReader:
+        """Shard ``number``, opened, and on the first time checked as a whole, so that whether a shard is corrupt does
+        not depend on which of its samples is asked for."""
+        if number in self._readers:
+            self._readers.move_to_end(number)
+            return self._readers[number]
+        shard = self.manifest.shards[number]
+        file = self.folder / shard["file"]
+        _check_size(self.folder, shard)
         try:
-            if number not in self._readers:
-                file = self.folder / self.manifest.shards[number]["file"]
-                self._readers[number] = pa.ipc.open_file(pa.memory_map(str(file)))
-            return self._readers[number].get_batch(
-                at // self.manifest.rows_per_batch
-            ), at % self.manifest.rows_per_batch
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(
-                f"shard {self.shard_of(position)} is corrupt at sample {position} ({error}); "
-                "compare it with the sha256 in the manifest, and prepare it again"
+            reader = pa.ipc.open_file(pa.memory_map(str(file)))
+            if number not in self._sound:
+                _check_structure(reader, shard["samples"])
+                self._sound.add(number)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise CorruptShardError(
+                f"shard {file} is corrupt ({error}); compare it with the sha256 in the manifest, and prepare it again",
+                file,
+                shard["samples"],
             ) from error
+        if len(self._readers) >= OPEN_SHARDS:
+            self._readers.popitem(last=False)
+        self._readers[number] = reader
+        return reader
 
     def __getitem__(self, position: int) -> Sample:
-        batch, row = self._row(position)
+        if not 0 <= position < len(self):
+            raise IndexError(f"sample {position} of {len(self)}")
+        number = self._shard(position)
+        at, row = divmod(position - int(self._starts[number]), self.manifest.rows_per_batch)
+        batch = self._reader(number).get_batch(at)
         return Sample(**{name: batch.column(name)[row].as_py() for name in ARROW.names})
 
     def __iter__(self) -> Iterator[Sample]:
@@ -427,14 +439,14 @@ class Split:
 
     def index(self) -> np.ndarray:
         """``INDEX`` records of all samples, memory-mapped: shared by all processes of a machine."""
-        if (file := self.folder / INDEX_FILE).is_file():
-            index = np.load(file, mmap_mode="r", allow_pickle=False)
-            if len(index) == len(self):
-                return index
-        # Prepared before there was such a file.
-        files = [self.folder / Path(shard["file"]).with_suffix(".npy") for shard in self.manifest.shards]
-        parts = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
-        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, INDEX), *parts])
+        if self._index is None:
+            if (file := self.folder / INDEX_FILE).is_file() and len(self):
+                self._index = np.load(file, mmap_mode="r", allow_pickle=False)
+            if self._index is None or len(self._index) != len(self):  # prepared before there was such a file
+                files = [self.folder / Path(shard["file"]).with_suffix(".npy") for shard in self.manifest.shards]
+                parts = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
+                self._index = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, INDEX), *parts])
+        return self._index
 
     def verify(self) -> None:
         """Read every shard and compare its sha256 with the manifest.
@@ -448,6 +460,36 @@ class Split:
                     f"shard {self.folder / shard['file']}: expected sha256 {shard['sha256']}, got {got}; "
                     "delete its .json receipt and the manifest, and prepare the data again"
                 )
+
+
+def _check_size(folder: Path, shard: dict[str, Any]) -> None:
+    file = folder / shard["file"]
+    size = file.stat().st_size if file.is_file() else None
+    if size != shard["bytes"]:
+        found = "it is missing" if size is None else f"it has {size} bytes"
+        raise CorruptShardError(
+            f"shard {file} should have {shard['bytes']} bytes, {found}; "
+            "delete its .json receipt and the manifest, and prepare the data again",
+            file,
+            shard["samples"],
+        )
+
+
+def _check_structure(reader: pa.ipc.RecordBatchFileReader, samples: int) -> None:
+    """That a shard has the schema, the samples and sound offsets and texts; image bytes are not looked at.
+
+    Raises:
+        pa.ArrowException, ValueError: it has not.
+    """
+    if reader.schema != ARROW:
+        raise ValueError(f"its columns are {reader.schema.names}")
+    rows = 0
+    for number in range(reader.num_record_batches):
+        batch = reader.get_batch(number)
+        batch.validate(full=True)
+        rows += len(batch)
+    if rows != samples:
+        raise ValueError(f"it has {rows} samples, the manifest says {samples}")
 
 
 def write_split(

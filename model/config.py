@@ -39,8 +39,10 @@ class VisionConfig:
         final_norm: Read `last_hidden_state` instead, with the final norm where the encoder applies one (`layer: -1`).
         keep_cls: Keep the class token (and DINOv2's registers) in front of the patches.
         image_size: Side of the square input, pixels; null: what the encoder was trained with.
-        image_mode: `resize` (distort to the square), `crop` (shortest edge, centre crop) or `pad` (pad to a square
-            with the encoder's mean colour, then resize).
+        image_mode: `resize` (distort to the square), `crop` (shortest edge, centre crop), `pad` (pad to a square with
+            the encoder's mean colour, then resize) or `tiles` (any resolution: the image as `resize` makes it and the
+            tiles of the grid that suits it best, each an image of the sample).
+        max_tiles: Most tiles of an image in mode `tiles`, the whole image not counted.
         cache: Compute the frozen encoder's features once per image and read them from disk.
         architecture: As in `LLMConfig`.
     """
@@ -51,6 +53,7 @@ class VisionConfig:
     keep_cls: bool = False
     image_size: int | None = None
     image_mode: str = "crop"
+    max_tiles: int = 4
     cache: bool = False
     architecture: dict[str, Any] | None = None
 

@@ -357,6 +357,11 @@ def validate(config: RunConfig) -> None:
         not (config.vision.cache and stage.train.vision),
         "vision.cache=true reads features of a frozen encoder, but stage.train.vision=true trains it; set one to false",
     )
+    check(
+        not (config.vision.cache and config.vision.image_mode == "tiles"),
+        "vision.cache=true keeps one set of features per image, but vision.image_mode=tiles makes several views of it; "
+        "set vision.cache=false or another image_mode",
+    )
     check(0 <= optim.warmup_ratio < 1, f"optim.warmup_ratio={optim.warmup_ratio}: must be at least 0 and below 1")
     check(len(optim.betas) == 2, f"optim.betas={optim.betas}: give two numbers")
     check(optim.grad_clip >= 0, f"optim.grad_clip={optim.grad_clip}: must not be negative (0: no clipping)")

@@ -142,7 +142,7 @@ def main() -> int:
 
     tokenizer = AutoTokenizer.from_pretrained(config.llm.path)
     split = _open(config, options.split)
-    pixels = load_preprocessor(config.vision.path, config.vision.image_mode, config.vision.image_size)
+    pixels = load_preprocessor(config.vision)
     loader = EvalLoader(
         split,
         make_text(config.data, tokenizer),

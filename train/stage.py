@@ -54,7 +54,7 @@ def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: Stop
 
     tokenizer = AutoTokenizer.from_pretrained(config.llm.path)
     identity = {"llm": fingerprint(config.llm.path), "vision": fingerprint(config.vision.path)}
-    pixels = load_preprocessor(config.vision.path, config.vision.image_mode, config.vision.image_size)
+    pixels = load_preprocessor(config.vision)
     image: ImageInput = pixels
     vision = None
     if config.vision.cache:
@@ -64,7 +64,7 @@ def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: Stop
         gc.collect()
     loader = TrainLoader(config.data, tokenizer, image, config.seed, rank, world, micro_steps)
     identity["data"] = loader.fingerprint
-    total_steps = config.stage.steps or max(1, round(config.stage.epochs * loader.epoch_size / config.data.batch_size))
+    total_steps = config.stage.steps or max(1, loader.batching.steps(config.stage.epochs))
 
     model = _build(config, world, micro_steps, vision)
     if config.init_from is not None:
@@ -181,19 +181,20 @@ def _measure_features(engine: Engine, loader: TrainLoader, image: ImageInput, im
     rank, world = distributed.rank(), distributed.world_size()
     split = loader.splits[0]
     count = min(images, len(split)) // world * world
-    dummy = dummy_image(image)
+    dummy = dummy_image(image)[None]
     total = torch.zeros(2, len(norm.mean), dtype=torch.float64)
     seen = 0
     for index in range(rank, count, world):
-        sample = split[index * len(split) // count]
+        position = index * len(split) // count
+        images = loader.images(0, position)
         try:
             # A text-only sample still runs the encoder: ZeRO-3 needs every rank in step.
-            pixels = image(sample.images[0]) if sample.images else dummy
+            views = image(images[0]) if images else dummy
         except ValueError as error:  # ImageError, DataError
-            raise UserError(f"{split.shard_of(index * len(split) // count)}: sample {sample.id}: {error}") from error
+            raise UserError(f"{split.shard_of(position)}: sample {split[position].id}: {error}") from error
         with torch.no_grad():
-            features = engine.model.encode(pixels[None].to(engine.device))
-        if sample.images:
+            features = engine.model.encode(views.to(engine.device))
+        if images:
             flat = features.double().flatten(0, 1).cpu()
             total += torch.stack([flat.sum(0), flat.square().sum(0)])
             seen += len(flat)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data_prep import schema
-from data_prep.errors import DataError
+from data_prep.errors import CorruptShardError, DataError
 from data_prep.prepare import Options, Task, prepare
 from data_prep.schema import Dropped, Sample, Split, write_split
 
@@ -60,6 +60,9 @@ def test_samples_come_back_exactly(tmp_path):
     assert (manifest.samples, manifest.images, manifest.text_only) == (150, 150, 50)
     assert split.index()["images"].tolist() == [n % 3 for n in range(150)]
     assert split.index()["characters"][2] == 3 * len("ok?yes")
+    assert isinstance(split.index(), np.memmap) and len(pickle.dumps(split)) < 3000
+    (tmp_path / "train" / schema.INDEX_FILE).unlink()  # as splits were prepared before there was one
+    assert np.array_equal(Split(tmp_path / "train").index(), split.index())
     with pytest.raises(IndexError):
         split[150]
     split.verify()
@@ -81,6 +84,26 @@ def test_readable_by_the_datasets_library(tmp_path):
     assert loaded[2]["id"] == "s2" and loaded[2]["images"] == sample(2).images
 
 
+def test_more_shards_than_stay_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(schema, "OPEN_SHARDS", 2)
+    prepare(Numbers(5), tmp_path)
+    split = Split(tmp_path / "train")
+    for position in (3, 45, 21, 33, 3, 10, 49, 3):
+        assert split[position].id == f"s{position}" and len(split._readers) <= 2
+    assert split.index()["images"].tolist() == [1] * 50
+
+
+def test_a_shard_is_corrupt_or_not_whichever_sample_is_asked_for(tmp_path):
+    """Damage in the last of three record batches shows when the first sample is read."""
+    write_split(tmp_path / "train", [sample(n, answer=f"answer {n}") for n in range(150)])
+    shard = tmp_path / "train" / "shard-00000.arrow"
+    whole = shard.read_bytes()
+    at = whole.index(b"answer 149")
+    shard.write_bytes(whole[:at] + b"\xff\xff" + whole[at + 2 :])  # no UTF-8
+    with pytest.raises(CorruptShardError, match="is corrupt"):
+        Split(tmp_path / "train")[0]
+
+
 def test_damage_is_named(tmp_path):
     write_split(tmp_path / "train", [sample(n) for n in range(3)])
     shard = tmp_path / "train" / "shard-00000.arrow"
@@ -92,11 +115,16 @@ def test_damage_is_named(tmp_path):
     with pytest.raises(DataError, match=f"shard {shard}: expected sha256"):
         Split(tmp_path / "train").verify()
     shard.write_bytes(b"\0" * len(whole))
-    with pytest.raises(DataError, match=f"shard {shard} is corrupt at sample 1"):
-        Split(tmp_path / "train")[1]
+    for position in (0, 2):
+        with pytest.raises(CorruptShardError, match=f"shard {shard} is corrupt .*prepare it again") as caught:
+            Split(tmp_path / "train")[position]
+        assert (caught.value.file, caught.value.samples) == (shard, 3)
     shard.unlink()
     with pytest.raises(DataError, match="it is missing"):
         Split(tmp_path / "train")
+    late = Split(tmp_path / "train", whole=False)
+    with pytest.raises(CorruptShardError, match="it is missing"):
+        late[0]
     with pytest.raises(DataError, match="no prepared split"):
         Split(tmp_path)
 

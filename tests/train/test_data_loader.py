@@ -1,16 +1,20 @@
-"""Loader: batches, exact resume, any number of ranks and workers, evaluation passes, feature cache, image modes."""
+"""Loader: batches, exact resume, any number of ranks and workers, evaluation passes, feature cache."""
 
 import io
+import logging
+import os
+import pickle
+import signal
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, BitImageProcessor, CLIPImageProcessor
+from transformers import AutoTokenizer
 
 from data_prep import parts
 from data_prep.errors import DataError
-from data_prep.schema import Sample, Split, write_split
+from data_prep.schema import Sample, ShardWriter, Split, merge, read_receipt, write_manifest, write_split
 from model.batch import IGNORE
 from train.data import (
     DataConfig,
@@ -19,7 +23,6 @@ from train.data import (
     SourceConfig,
     TrainLoader,
     ensure_feature_cache,
-    load_preprocessor,
     make_text,
 )
 
@@ -136,6 +139,127 @@ def test_worker_processes_change_nothing(root, tokenizer):
     assert [rows(next(workers)) for _ in range(3)] == whole[2:]
 
 
+@pytest.mark.parametrize("group_by", ["none", "length", "length_modality"])
+def test_a_run_that_changes_its_ranks_sees_the_same_sequence(root, tokenizer, group_by):
+    """2 ranks, then 1, then 4, each time from the state alone, across epochs."""
+    settings = config(root, batch_size=8, group_by=group_by, group_window=3, num_workers=0)
+    whole = TrainLoader(settings, tokenizer, PIXELS, seed=5)
+    expected = [rows(next(whole)) for _ in range(9)]
+    state, seen = None, []
+    for world, accumulation in ((2, 2), (1, 4), (4, 1)):
+        ranks = [TrainLoader(settings, tokenizer, PIXELS, 5, rank, world, accumulation) for rank in range(world)]
+        for rank in ranks if state else ():
+            rank.load(state)
+        seen += [[row for rank in ranks for row in rows(next(rank))] for _ in range(3)]
+        assert len({str(rank.state()) for rank in ranks}) == 1
+        state = ranks[0].state()
+        assert all(type(value) is int for value in state.values())
+    for step, (got, wanted) in enumerate(zip(seen, expected, strict=True)):
+        assert sorted(got) == sorted(wanted)
+        assert group_by != "none" or got == wanted, step
+
+
+def test_grouping_shortens_rows(root, tokenizer):
+    long = [made(n, images=n % 2) for n in range(64)]
+    for sample in long:
+        sample.conversations[0][1]["content"] = "word " * (1 + int(sample.id[1:]) ** 2 % 61)
+    write_split(root / "long", long)
+
+    def padding(group_by):
+        changes = {"train": [SourceConfig("long")], "batch_size": 8, "dialogues_per_sample": None}
+        loader = TrainLoader(config(root, group_by=group_by, **changes), tokenizer, PIXELS, accumulation=2)
+        masks = [batch.attention_mask for _ in range(8) for batch in next(loader)]
+        return 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
+
+    assert padding("length") < 0.8 * padding("none")
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Three shards of 30 samples, the middle one damaged in its last record."""
+    for number in range(3):
+        with ShardWriter(tmp_path / "set", number, "") as writer:
+            for n in range(30):
+                writer.add(made(30 * number + n, images=n % 2, dialogues=1))
+    receipts = [read_receipt(tmp_path / "set", number) for number in range(3)]
+    write_manifest(tmp_path / "set", merge(tmp_path / "set", receipts, "made", "set", {}))
+    file = tmp_path / "set" / "shard-00001.arrow"
+    content = file.read_bytes()
+    at = content.rindex(b"answer 59")
+    file.write_bytes(content[:at] + b"\xff\xff" + content[at + 2 :])
+    return tmp_path
+
+
+def test_a_corrupt_shard_stops_the_run_with_its_name(damaged, tokenizer):
+    loader = TrainLoader(config(damaged, train=[SourceConfig("set")]), tokenizer, PIXELS)
+    with pytest.raises(DataError, match=r"^shard \S+/set/shard-00001.arrow is corrupt \([^\n]*prepare it again$"):
+        for _ in range(3):
+            next(loader)
+
+
+@pytest.mark.parametrize("damage", ["bytes", "missing"])
+def test_a_corrupt_shard_is_left_out_the_same_everywhere(damaged, tokenizer, caplog, damage):
+    if damage == "missing":
+        (damaged / "set" / "shard-00001.arrow").unlink()
+    settings = config(
+        damaged, train=[SourceConfig("set")], batch_size=10, on_corrupt_shard="drop", group_by="length_modality"
+    )
+    with caplog.at_level(logging.WARNING):
+        loader = TrainLoader(settings, tokenizer, PIXELS, seed=2)
+        expected = [rows(next(loader)) for _ in range(9)]
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1 and "shard-00001.arrow" in told[0] and "its 30 samples are left out" in told[0]
+    assert loader.corrupt == {damaged / "set" / "shard-00001.arrow"}
+    ids = {n for step in expected for texts, _ in step for n in [tokenizer.decode(texts[0][0])]}
+    numbers = {int(text.split("question ")[1].split()[0]) for text in ids}
+    assert numbers == {*range(30), *range(60, 90)}
+    ranks = [TrainLoader(settings, tokenizer, PIXELS, 2, rank, 2) for rank in range(2)]
+    for rank in ranks:
+        rank.load({"step": 5})  # resumed: the shard may be met for the first time only now
+    for step in range(5, 9):
+        assert sorted(row for rank in ranks for row in rows(next(rank))) == sorted(expected[step])
+
+
+def test_workers_killed_and_told_to_stop(root, tokenizer):
+    """Stop signals reach workers too on a cluster: they go on. Killed ones end the run, which goes on exactly."""
+    plain = TrainLoader(config(root), tokenizer, PIXELS, seed=5)
+    expected = [rows(next(plain)) for _ in range(6)]
+    loader = TrainLoader(config(root, num_workers=1, prefetch=1), tokenizer, PIXELS, seed=5)
+    seen = [rows(next(loader))]
+    (worker,) = loader._iterator._workers
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        os.kill(worker.pid, number)
+    seen += [rows(next(loader)) for _ in range(2)]
+    state = loader.state()
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(DataError, match="DataLoader worker .*newest checkpoint"):
+        for _ in range(3):  # what it had ready is still good
+            seen.append(rows(next(loader)))
+            state = loader.state()
+    again = TrainLoader(config(root), tokenizer, PIXELS, seed=5)
+    again.load(state)
+    while len(seen) < 6:
+        seen.append(rows(next(again)))
+    assert seen == expected
+
+
+def test_tiles_are_images_of_their_sample(root, tokenizer):
+    tiles = PixelPreprocessor("tiles", 8, 8, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), max_tiles=2)  # 12 x 9: two, and overview
+    (plain,), (batch,) = (next(TrainLoader(config(root), tokenizer, image, seed=1)) for image in (PIXELS, tiles))
+    assert batch.image_to_sample.tolist() == plain.image_to_sample.repeat_interleave(3).tolist()
+    assert torch.equal(batch.images[::3], plain.images) and batch.image_weight.eq(1).all()
+    assert batch.images.shape == (len(batch.image_weight), 3, 8, 8)
+    text = config(root, train=[SourceConfig("text")], batch_size=2)
+    (blind,) = next(TrainLoader(text, tokenizer, tiles))
+    assert blind.images.shape == (1, 3, 8, 8) and not blind.has_image
+    split, encoders = Split(root / "a"), make_text(config(root), tokenizer)
+    counts = [
+        sum(int(step.batch.image_weight.sum()) for step in EvalLoader(split, encoders, image))
+        for image in (PIXELS, tiles)
+    ]
+    assert counts[1] == 3 * counts[0] == 3 * split.manifest.images
+
+
 def test_an_epoch_shows_everything(root, tokenizer):
     loader = TrainLoader(config(root, batch_size=5, dialogues_per_sample=None), tokenizer, PIXELS)
     assert loader.epoch_size == 45
@@ -147,7 +271,13 @@ def test_an_epoch_shows_everything(root, tokenizer):
 def test_fingerprint_follows_what_decides_the_order(root, tokenizer):
     one = TrainLoader(config(root), tokenizer, PIXELS).fingerprint
     assert one == TrainLoader(config(root, num_workers=1), tokenizer, PIXELS, 0, 1, 2).fingerprint
-    for change in ({"batch_size": 24}, {"dialogues_per_sample": 1}, {"train": [SourceConfig("a")]}):
+    assert one == TrainLoader(config(root, group_window=2, on_corrupt_shard="drop"), tokenizer, PIXELS).fingerprint
+    for change in (
+        {"batch_size": 24},
+        {"group_by": "length"},
+        {"dialogues_per_sample": 1},
+        {"train": [SourceConfig("a")]},
+    ):
         assert one != TrainLoader(config(root, **change), tokenizer, PIXELS).fingerprint
 
 
@@ -182,6 +312,9 @@ def test_too_long_fails_or_is_counted(root, tokenizer):
         ({"template": "chatml"}, "template=chatml"),
         ({"on_too_long": "cut"}, "on_too_long=cut"),
         ({"dialogues_per_sample": 0}, "dialogues_per_sample=0"),
+        ({"group_by": "size"}, "data.group_by=size: choose none, length, length_modality"),
+        ({"group_window": 0}, "data.group_window=0"),
+        ({"on_corrupt_shard": "skip"}, "on_corrupt_shard=skip: choose fail or drop"),
     ],
 )
 def test_bad_configuration(root, tokenizer, changes, message):
@@ -235,11 +368,12 @@ def test_feature_cache(root, tokenizer, tmp_path):
     cache = ensure_feature_cache(tmp_path, splits, PIXELS, encode, "v1", "float32", batch_size=7)
     assert len(cache) == sum(split.manifest.unique_images for split in splits) and cache.shape == (5, 3)
     for data in (*splits[0][2].images, *splits[1][9].images):
-        assert torch.equal(cache(data), encode(PIXELS(data)[None])[0])
-    every = torch.cat([cache(image) for split in splits for sample in split for image in sample.images])
+        assert torch.equal(cache(data), encode(PIXELS(data)))
+    every = torch.cat([cache(image)[0] for split in splits for sample in split for image in sample.images])
     mean, std = cache.moments()
     torch.testing.assert_close(mean, every.mean(0))
     torch.testing.assert_close(std, every.std(0, correction=0))
+    assert len(pickle.dumps(cache)) < 500 and torch.equal(pickle.loads(pickle.dumps(cache))(data), cache(data))
     calls.clear()
     again = ensure_feature_cache(tmp_path, splits, PIXELS, encode, "v1", "float32")
     assert again.folder == cache.folder and not calls
@@ -251,36 +385,3 @@ def test_feature_cache(root, tokenizer, tmp_path):
         cache(png(12345))
     (batch,) = next(TrainLoader(config(root), tokenizer, half))
     assert batch.images.shape[1:] == (5, 3) and batch.images.dtype is torch.bfloat16
-
-
-@pytest.mark.parametrize("size", [(40, 40), (64, 33), (31, 90), (20, 300)])
-@pytest.mark.parametrize("kind", ["clip", "dinov2"])
-def test_crop_and_resize_equal_the_hf_processors(size, kind, tmp_path):
-    image = Image.open(io.BytesIO(png(1, size)))
-    crop = {"height": 28, "width": 28}
-    edge = {"shortest_edge": 28 if kind == "clip" else 32}
-    cls = CLIPImageProcessor if kind == "clip" else BitImageProcessor
-    processor = cls(size=edge, crop_size=crop, resample=3, image_mean=[0.48, 0.45, 0.4], image_std=[0.26, 0.27, 0.28])
-    processor.save_pretrained(tmp_path)
-    expected = processor(image, return_tensors="pt")["pixel_values"][0]
-    got = load_preprocessor(tmp_path, "crop")(png(1, size))
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
-    square = processor(image, size={"height": 28, "width": 28}, do_center_crop=False, return_tensors="pt")
-    got = load_preprocessor(tmp_path, "resize")(png(1, size))
-    torch.testing.assert_close(got, square["pixel_values"][0], atol=1e-5, rtol=0)
-
-
-def test_pad_puts_the_image_in_the_middle_of_the_mean_colour():
-    stream = io.BytesIO()
-    Image.new("RGB", (32, 16), (255, 0, 0)).save(stream, "png")
-    pixels = PixelPreprocessor("pad", 32, 32, (0.5, 0.5, 0.5), (1.0, 1.0, 1.0))(stream.getvalue())
-    red = torch.tensor([0.5, -0.5, -0.5])
-    assert torch.allclose(pixels[:, 10:22].mean((1, 2)), red, atol=1e-6)
-    assert pixels[:, :7].abs().max() < 0.01 and pixels[:, 25:].abs().max() < 0.01
-
-
-def test_unknown_image_mode_and_missing_settings(tmp_path):
-    with pytest.raises(DataError, match="image_mode=stretch.*resize, crop, pad"):
-        load_preprocessor(tmp_path, "stretch")
-    with pytest.raises(DataError, match="preprocessor_config.json is missing"):
-        load_preprocessor(tmp_path, "crop")

@@ -15,7 +15,8 @@ from data_prep.templates import Encoded, TextEncoder, TooLongError
 from model.batch import IGNORE, Batch
 
 ImageInput = Callable[[bytes], Tensor]
-"""One image file -> pixels [3, H, W] (``PixelPreprocessor``) or cached features [P, V] (``FeatureCache``)."""
+"""One image file -> its views, pixels [n, 3, H, W] (``PixelPreprocessor``) or cached features [n, P, V]
+(``FeatureCache``); n is 1 but for tiles."""
 
 
 @dataclass
@@ -75,7 +76,7 @@ def collate(
     """One micro-batch.
 
     Args:
-        pieces: its samples, in order.
+        pieces: its samples, in order; possibly none.
         image: image bytes to tensor.
         pad_id: token id of padding (masked by length, so it may be a real token's).
         dummy: what a batch without images carries, with weight 0.
@@ -86,7 +87,7 @@ def collate(
         DataError: naming shard and sample of an unreadable image.
     """
     rows = [row for piece in pieces for row in piece.rows]
-    # Every dialogue dropped: one padding row without targets, so that this rank still takes its part in the step.
+    # Everything dropped: one padding row without targets, so that this rank still takes its part in the step.
     rows = rows or [Encoded([pad_id], [IGNORE])]
     length = -(-max(len(row.input_ids) for row in rows) // multiple) * multiple
     input_ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
@@ -103,24 +104,25 @@ def collate(
     for number, piece in enumerate(pieces):
         for data in piece.images:
             try:
-                images.append(image(data))
+                views = image(data)
             except (ImageError, DataError) as error:
                 raise DataError(f"{piece.where}: {error}") from error
-            image_to_sample.append(number)
+            images.append(views)
+            image_to_sample += [number] * len(views)
     return Batch(
         input_ids=input_ids,
         attention_mask=mask,
         labels=labels,
         row_to_sample=torch.tensor(row_to_sample, dtype=torch.int64),
-        images=torch.stack(images) if images else dummy[None],
+        images=torch.cat(images) if images else dummy[None],
         image_to_sample=torch.tensor(image_to_sample or [0], dtype=torch.int64),
-        image_weight=torch.full((max(1, len(images)),), float(bool(images))),
+        image_weight=torch.full((max(1, len(image_to_sample)),), float(bool(images))),
         n_samples=max(1, len(pieces)),
     )
 
 
 def dummy_image(image: ImageInput) -> Tensor:
-    """Zeros in the shape and dtype of what ``image`` makes."""
+    """Zeros in the shape and dtype of one view of what ``image`` makes."""
     if hasattr(image, "size"):
         return torch.zeros(3, image.size, image.size)
     return torch.zeros(image.shape, dtype=image.dtype)

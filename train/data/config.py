@@ -27,14 +27,19 @@ class DataConfig:
         train: sources of the training mixture.
         val, test: folders of the splits to evaluate on, below ``root`` unless absolute.
         batch_size: samples (image sets) of one optimizer step, over all ranks and micro-batches.
+        group_by: which samples share a step and how they are dealt to ranks and micro-batches (`Batching`): ``none``,
+            as the order has them; ``length``; ``length_modality``, samples with and without images apart.
+        group_window: steps among which samples change places for it; 1: only within a step.
         dialogues_per_sample: dialogues drawn from a sample each time it comes up; null: all.
         template: text template of dialogues, see ``data_prep.templates``.
         caption_template: that of captions (dialogues with an empty user turn); null: ``template``.
         max_length: longest row in tokens; null: any.
         on_too_long: ``fail``, or ``drop`` the dialogue (counted and reported).
+        on_corrupt_shard: ``fail`` when a shard turns out unreadable, or ``drop`` all its samples (reported once).
         pad_to_multiple: row length is padded to a multiple of this.
         num_workers: loader processes per rank; 0 loads in the training process.
-        prefetch: steps that each loader process prepares ahead.
+        prefetch: steps that each loader process prepares ahead; a rank holds at most ``num_workers * prefetch`` of them
+            in shared memory.
     """
 
     root: str = ".cache/data"
@@ -42,11 +47,14 @@ class DataConfig:
     val: str | None = None
     test: str | None = None
     batch_size: int = 32
+    group_by: str = "none"
+    group_window: int = 16
     dialogues_per_sample: int | None = None
     template: str = "chat"
     caption_template: str | None = None
     max_length: int | None = 2048
     on_too_long: str = "fail"
+    on_corrupt_shard: str = "fail"
     pad_to_multiple: int = 1
     num_workers: int = 0
     prefetch: int = 2

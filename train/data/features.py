@@ -38,6 +38,9 @@ class FeatureCache:
         self._keys = np.load(self.folder / "keys.npy", mmap_mode="r", allow_pickle=False)
         self._features = np.load(self.folder / "features.npy", mmap_mode="r", allow_pickle=False)
 
+    def __reduce__(self):  # to a loader process: opened anew, where pickling the maps would copy all features
+        return type(self), (self.folder,)
+
     @property
     def shape(self) -> tuple[int, int]:
         """(P, V) of one image."""
@@ -47,7 +50,7 @@ class FeatureCache:
         return len(self._keys)
 
     def __call__(self, data: bytes) -> Tensor:
-        """Features [P, V] of one image file.
+        """Features [1, P, V] of one image file.
 
         Raises:
             DataError: the image is not in the cache.
@@ -56,7 +59,7 @@ class FeatureCache:
         at = int(np.searchsorted(self._keys, key))
         if at == len(self._keys) or self._keys[at] != key:
             raise DataError(f"an image is not in the feature cache {self.folder}; delete the folder to make it anew")
-        array = torch.from_numpy(np.array(self._features[at]))
+        array = torch.from_numpy(np.array(self._features[at : at + 1]))
         return array.view(self.dtype) if self.dtype is torch.bfloat16 else array
 
     def moments(self, keys: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
@@ -182,7 +185,7 @@ def _batches(
                     continue
                 left[at] = False
                 try:
-                    images.append(pixels(data))
+                    images.append(pixels(data)[0])
                 except ImageError as error:
                     raise DataError(f"{split.shard_of(number)}: sample {sample.id}: {error}") from error
                 positions.append(at)

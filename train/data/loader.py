@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -12,24 +14,26 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from data_prep.errors import DataError
+from data_prep.errors import CorruptShardError, DataError
 from data_prep.schema import Split, digest
 from data_prep.templates import Encoded, TextEncoder
 from model.batch import IGNORE, Batch
+from train.data.batching import Batching
 from train.data.collate import ImageInput, Piece, Text, collate, dummy_image, encode_sample
 from train.data.config import DataConfig
-from train.data.order import MixtureOrder, Permutation, draw_dialogues
+from train.data.order import Draws, MixtureOrder, Permutation, draw_dialogues
+from train.signals import SIGNALS
 
 log = logging.getLogger(__name__)
 
 
-def open_split(config: DataConfig, path: str) -> Split:
-    """A split named in the configuration.
+def open_split(config: DataConfig, path: str, whole: bool = True) -> Split:
+    """A split named in the configuration; ``whole`` as in `Split`.
 
     Raises:
         DataError: it is not prepared or not whole.
     """
-    return Split(Path(config.root) / path)
+    return Split(Path(config.root) / path, whole)
 
 
 def make_text(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Text:
@@ -54,7 +58,28 @@ class _Step:
 
     batches: list[Batch]
     dropped: int = 0
+    corrupt: tuple[CorruptShardError, ...] = ()
     error: str | None = None
+
+
+class _Sizes:
+    """Images and estimated length of drawn samples, from the splits' indices: `batching.Sizes`."""
+
+    def __init__(self, splits: list[Split], dialogues: int | None) -> None:
+        self.splits, self.dialogues = splits, dialogues
+
+    def __call__(self, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
+        images = np.zeros(len(draws.sample), np.int64)
+        characters = np.zeros(len(draws.sample), np.int64)
+        for source in np.unique(draws.source):
+            here = draws.source == source
+            records = self.splits[source].index()[draws.sample[here]]
+            drawn = records["dialogues"].astype(np.int64)
+            if self.dialogues is not None:
+                drawn = np.minimum(drawn, self.dialogues)
+            images[here] = records["images"]
+            characters[here] = records["characters"] * drawn // np.maximum(records["dialogues"], 1)
+        return images, characters
 
 
 class _Steps(Dataset):
@@ -63,7 +88,7 @@ class _Steps(Dataset):
     def __init__(
         self,
         splits: list[Split],
-        order: MixtureOrder,
+        batching: Batching,
         text: Text,
         image: ImageInput,
         config: DataConfig,
@@ -72,30 +97,32 @@ class _Steps(Dataset):
         world_size: int,
         accumulation: int,
     ) -> None:
-        self.splits, self.order, self.text, self.image = splits, order, text, image
-        self.config, self.seed, self.rank = config, seed, rank
-        self.micro_size = config.batch_size // (world_size * accumulation)
-        self.accumulation = accumulation
+        self.splits, self.batching, self.text, self.image = splits, batching, text, image
+        self.config, self.seed = config, seed
+        self.place = rank, world_size, accumulation
         self.dummy = dummy_image(image)
 
     def __getitem__(self, step: int) -> _Step:
-        share = self.micro_size * self.accumulation
-        draws = self.order(step * self.config.batch_size + self.rank * share, share)
-        batches, pieces, dropped = [], [], 0
+        multiple, pad_id = self.config.pad_to_multiple, self.text.dialogue.pad_id
+        batches, dropped, corrupt = [], 0, {}
         try:
-            for source, sample, epoch in zip(draws.source, draws.sample, draws.epoch, strict=True):
-                piece, cut = self._piece(int(source), int(sample), int(epoch))
-                pieces.append(piece)
-                dropped += cut
-                if len(pieces) == self.micro_size:
-                    multiple = self.config.pad_to_multiple
-                    pad_id = self.text.dialogue.pad_id
-                    batches.append(collate(pieces, self.image, pad_id, self.dummy, multiple=multiple))
-                    pieces = []
+            for draws in self.batching.deal(self.batching.step(step), *self.place):
+                pieces = []
+                for source, sample, epoch in zip(draws.source, draws.sample, draws.epoch, strict=True):
+                    try:
+                        piece, cut = self._piece(int(source), int(sample), int(epoch))
+                    except CorruptShardError as error:
+                        if self.config.on_corrupt_shard == "fail":
+                            raise
+                        corrupt[error.file] = error
+                        continue
+                    pieces.append(piece)
+                    dropped += cut
+                batches.append(collate(pieces, self.image, pad_id, self.dummy, multiple=multiple))
         except DataError as error:
             # As a value: raised in a worker process it would arrive wrapped in that process's traceback.
             return _Step([], error=str(error))
-        return _Step(batches, dropped)
+        return _Step(batches, dropped, tuple(corrupt.values()))
 
     def _piece(self, source: int, sample: int, epoch: int) -> tuple[Piece, int]:
         split = self.splits[source]
@@ -121,9 +148,8 @@ class _From(Sampler):
 class TrainLoader:
     """Endless iterator over optimizer steps: ``next(loader)`` is the list of this rank's micro-batches.
 
-    Step s holds positions [s * batch_size, (s + 1) * batch_size) of the mixture's order; rank r takes the r-th part of
-    them, cut into ``accumulation`` micro-batches. So the samples of a step do not depend on the number of ranks, and
-    the state is the number of the next step.
+    The samples of step s are a function of s alone (`Batching`): not of the number of ranks, which share it, nor of the
+    worker processes, which take one step each. So the state is the number of the next step.
 
     Args:
         config: data configuration.
@@ -135,9 +161,10 @@ class TrainLoader:
 
     Attributes:
         dropped: dialogues left out as too long since this process started.
+        corrupt: shards left out as unreadable that this process met.
 
     Raises:
-        DataError: no sources, a split that is not prepared, or sizes that do not divide.
+        DataError: no sources, an unknown option, a split that is not prepared, or sizes that do not divide.
     """
 
     def __init__(
@@ -159,19 +186,28 @@ class TrainLoader:
             )
         if config.dialogues_per_sample is not None and config.dialogues_per_sample < 1:
             raise DataError(f"data.dialogues_per_sample={config.dialogues_per_sample}: at least 1, or null for all")
+        if config.on_corrupt_shard not in ("fail", "drop"):
+            raise DataError(f"data.on_corrupt_shard={config.on_corrupt_shard}: choose fail or drop")
         self.config = config
-        self.splits = [open_split(config, source.path) for source in config.train]
+        whole = config.on_corrupt_shard == "fail"
+        self.splits = [open_split(config, source.path, whole) for source in config.train]
         try:
             self.order = MixtureOrder(
                 [len(split) for split in self.splits], [source.weight for source in config.train], seed
             )
         except ValueError as error:
             raise DataError(f"data.train: {error}") from error
+        sizes = _Sizes(self.splits, config.dialogues_per_sample)
+        try:
+            self.batching = Batching(self.order, config.batch_size, config.group_by, config.group_window, sizes, seed)
+        except ValueError as error:
+            raise DataError(str(error)) from error
         text = make_text(config, tokenizer)
-        self._steps = _Steps(self.splits, self.order, text, image, config, seed, rank, world_size, accumulation)
+        self._steps = _Steps(self.splits, self.batching, text, image, config, seed, rank, world_size, accumulation)
         self._next = 0
         self._iterator: Iterator[_Step] | None = None
         self.dropped = 0
+        self.corrupt: set[Path] = set()
 
     @property
     def epoch_size(self) -> int:
@@ -183,7 +219,22 @@ class TrainLoader:
         """Of everything the order of samples depends on but the seed; belongs into checkpoints."""
         weights = [source.weight for source in self.config.train]
         fixed = [self.config.batch_size, self.config.dialogues_per_sample]
+        if self.config.group_by != "none":
+            fixed += [self.config.group_by, self.config.group_window]
         return digest([[split.fingerprint for split in self.splits], weights, fixed])
+
+    def images(self, source: int, sample: int) -> list[bytes]:
+        """Image files of a sample; none where its shard is corrupt and left out.
+
+        Raises:
+            DataError: its shard is corrupt.
+        """
+        try:
+            return self.splits[source][sample].images
+        except CorruptShardError:
+            if self.config.on_corrupt_shard == "fail":
+                raise
+            return []
 
     def state(self) -> dict[str, int]:
         """Where to go on: the next step, and its epoch and position for the reader of a checkpoint."""
@@ -203,30 +254,52 @@ class TrainLoader:
 
         Raises:
             DataError: an unreadable image, a corrupt shard or a dialogue that is too long or has no target; names shard
-                and sample.
+                and sample. Or a loader process was killed.
         """
         if self._iterator is None:
-            workers = self.config.num_workers
-            self._iterator = iter(
-                DataLoader(
-                    self._steps,
-                    batch_size=None,
-                    sampler=_From(self._next),
-                    num_workers=workers,
-                    prefetch_factor=self.config.prefetch if workers else None,
-                    multiprocessing_context="spawn" if workers else None,
-                    persistent_workers=bool(workers),
-                )
-            )
-        step = next(self._iterator)
+            self._iterator = self._start()
+        try:
+            step = next(self._iterator)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"{error}; if memory ran out, lower data.num_workers or data.prefetch. The run goes on from its newest "
+                "checkpoint when it is started again"
+            ) from error
         if step.error is not None:
             raise DataError(step.error)
         if step.dropped:
             if not self.dropped:
                 log.warning("dialogues longer than data.max_length=%s are left out", self.config.max_length)
             self.dropped += step.dropped
+        for problem in step.corrupt:
+            if problem.file not in self.corrupt:
+                log.warning("%s; its %d samples are left out of the run", problem, problem.samples)
+                self.corrupt.add(problem.file)
         self._next += 1
         return step.batches
+
+    def _start(self) -> Iterator[_Step]:
+        workers = self.config.num_workers
+        loader = DataLoader(
+            self._steps,
+            batch_size=None,
+            sampler=_From(self._next),
+            num_workers=workers,
+            prefetch_factor=self.config.prefetch if workers else None,
+            multiprocessing_context="spawn" if workers else None,
+            persistent_workers=bool(workers),
+        )
+        # A cluster sends its stop signals to every process, and the rank still needs batches to end its step: workers
+        # inherit a mask that blocks them, from their first instruction on.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            resource_tracker.ensure_running()  # unblocks some of them when it starts
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            return iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @dataclass(frozen=True)
@@ -295,8 +368,10 @@ class EvalLoader:
         self._partner = self._partners(seed) if images == "shuffled" else None
         self._batches: list[list[tuple[int, list[int]]]] = []
         free = 0
-        for number in np.unique(sample):
-            chosen = dialogue[sample == number].tolist() if limit is not None else list(range(counts[number]))
+        numbers, starts = np.unique(sample, return_index=True)
+        parts = np.split(dialogue, starts[1:])  # one, empty, where there is nothing to evaluate
+        for number, chosen in zip(numbers, parts, strict=False):
+            chosen = chosen.tolist()
             if not self._batches or len(chosen) > free:
                 self._batches.append([])
                 free = rows

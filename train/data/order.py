@@ -70,11 +70,16 @@ class Draws:
     sample: np.ndarray
     epoch: np.ndarray
 
+    def take(self, where: np.ndarray | slice) -> Draws:
+        """Some of them."""
+        return Draws(self.source[where], self.sample[where], self.epoch[where])
+
 
 class MixtureOrder:
     """Endless order over weighted sources.
 
-    One epoch of the mixture holds ``round(weight * size)`` samples of each source, interleaved at random. Each source
+    One epoch of the mixture holds ``round(weight * size)`` samples of each source, interleaved at random: any stretch
+    of it holds the sources in these proportions, but for the luck of the draw, and none runs out early. Each source
     is gone through pass by pass, every pass in another order, whatever its weight: with weight 0.5 two epochs show
     every sample once, with weight 2 one epoch shows every sample twice.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,22 +16,26 @@ from torch import Tensor
 from data_prep.errors import DataError
 from data_prep.images import open_image, to_rgb
 from data_prep.schema import digest
+from model.config import VisionConfig
 
-MODES = ("resize", "crop", "pad")
+MODES = ("resize", "crop", "pad", "tiles")
 
 
 @dataclass(frozen=True)
 class PixelPreprocessor:
-    """One image file -> float32 [3, size, size].
+    """One image file -> its views, float32 [n, 3, size, size].
 
     Attributes:
         mode: ``resize`` distorts to the square; ``crop`` scales the shortest edge and cuts the centre out; ``pad`` adds
-            margins of the encoder's mean colour to make a square, then scales (LLaVA-1.5).
-        size: side of the result in pixels.
+            margins of the encoder's mean colour to make a square, then scales (LLaVA-1.5); ``tiles`` gives the image
+            distorted to the square and, after it, row by row, the tiles of the grid that suits it best (LLaVA-NeXT).
+            n is 1 but for ``tiles``.
+        size: side of a view in pixels.
         shortest_edge: side that ``crop`` scales to before it cuts; some encoders cut 224 out of 256.
         mean, std: per channel, of pixels in [0, 1].
         resample: Pillow's filter number.
         rescale: factor from bytes to the range of ``mean``.
+        max_tiles: largest rows * columns of a grid.
     """
 
     mode: str
@@ -40,32 +45,45 @@ class PixelPreprocessor:
     std: tuple[float, float, float]
     resample: int = 3
     rescale: float = 1 / 255
+    max_tiles: int = 4
 
     @property
     def fingerprint(self) -> str:
-        """Of all settings."""
-        return digest([type(self).__name__, *(getattr(self, name) for name in self.__dataclass_fields__)])
+        """Of all settings that the mode reads."""
+        names = [name for name in self.__dataclass_fields__ if name != "max_tiles" or self.mode == "tiles"]
+        return digest([type(self).__name__, *(getattr(self, name) for name in names)])
 
     def __call__(self, data: bytes) -> Tensor:
-        """Pixels of one image file.
+        """Views of one image file.
 
         Raises:
             ImageError: the bytes are no sound image.
         """
-        image = to_rgb(open_image(data))
-        if self.mode == "resize":
-            image = image.resize((self.size, self.size), self.resample)
-        elif self.mode == "pad":
-            image = self._pad(image).resize((self.size, self.size), self.resample)
-        else:
-            image = self._crop(image)
-        pixels = np.asarray(image, dtype=np.float32)
-        # (x * rescale - mean) / std as one multiplication and one addition, in place.
+        views = self._views(to_rgb(open_image(data)))
+        pixels = np.empty((len(views), 3, self.size, self.size), np.float32)
+        # (x * rescale - mean) / std as one multiplication and one addition, from bytes straight to where they stay.
         scale = np.float32(self.rescale) / np.asarray(self.std, dtype=np.float32)
         shift = -np.asarray(self.mean, dtype=np.float32) / np.asarray(self.std, dtype=np.float32)
-        pixels = pixels * scale
-        pixels += shift
-        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        for view, planes in zip(views, pixels, strict=True):
+            array = np.asarray(view)
+            for channel, plane in enumerate(planes):
+                np.multiply(array[..., channel], scale[channel], out=plane)
+                plane += shift[channel]
+        return torch.from_numpy(pixels)
+
+    def _views(self, image: Image.Image) -> list[Image.Image]:
+        match self.mode:
+            case "resize":
+                return [self._square(image)]
+            case "pad":
+                return [self._square(self._pad(image))]
+            case "crop":
+                return [self._crop(image)]
+            case _:
+                return [self._square(image), *self._tiles(image)]
+
+    def _square(self, image: Image.Image) -> Image.Image:
+        return image.resize((self.size, self.size), self.resample)
 
     def _pad(self, image: Image.Image) -> Image.Image:
         width, height = image.size
@@ -78,28 +96,79 @@ class PixelPreprocessor:
 
     def _crop(self, image: Image.Image) -> Image.Image:
         width, height = image.size
-        short, long = min(width, height), max(width, height)
-        longer = int(self.shortest_edge * long / short)
+        longer = int(self.shortest_edge * max(width, height) / min(width, height))
         new = (self.shortest_edge, longer) if width <= height else (longer, self.shortest_edge)
+        left, top = (new[0] - self.size) // 2, (new[1] - self.size) // 2
+        ends = left * width / new[0], (left + self.size) * width / new[0]
+        if width > height and new[1] == self.size and all(float(np.float32(end)) == end for end in ends):
+            # Only what is kept is scaled (all 4:3 photographs). Not where Pillow, which reads the box in single
+            # precision, would move it, nor on upright images, whose rows it would scale before their columns: there
+            # the pixels would not be those of scaling all and then cutting.
+            return image.resize((self.size, self.size), self.resample, (ends[0], 0, ends[1], height))
         if new != image.size:
             image = image.resize(new, self.resample)
-        left, top = (new[0] - self.size) // 2, (new[1] - self.size) // 2
         return image.crop((left, top, left + self.size, top + self.size))
 
+    def _tiles(self, image: Image.Image) -> list[Image.Image]:
+        """The image as large as it fits into its grid, in the middle of black, cut into tiles."""
+        columns, rows = best_grid(image.size, self.size, self.max_tiles)
+        width, height = columns * self.size, rows * self.size
+        new_width, new_height = fit(image.size, (width, height))
+        canvas = Image.new("RGB", (width, height))
+        scaled = image.resize((new_width, new_height), self.resample)
+        canvas.paste(scaled, ((width - new_width) // 2, (height - new_height) // 2))
+        size = self.size
+        return [
+            canvas.crop((column * size, row * size, (column + 1) * size, (row + 1) * size))
+            for row in range(rows)
+            for column in range(columns)
+        ]
 
-def load_preprocessor(path: str | Path, mode: str, size: int | None = None) -> PixelPreprocessor:
+
+def fit(size: tuple[int, int], into: tuple[int, int]) -> tuple[int, int]:
+    """Largest (width, height) of the shape of ``size`` inside ``into``; the shorter side is rounded up."""
+    (width, height), (most_wide, most_high) = size, into
+    if most_wide / width < most_high / height:
+        return most_wide, min(math.ceil(height * (most_wide / width)), most_high)
+    return min(math.ceil(width * (most_high / height)), most_wide), most_high
+
+
+def grids(max_tiles: int) -> list[tuple[int, int]]:
+    """All (columns, rows) of 2 to ``max_tiles`` tiles, those of fewer first."""
+    found = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles // c + 1) if c * r > 1]
+    return sorted(found, key=lambda grid: grid[0] * grid[1])
+
+
+def best_grid(size: tuple[int, int], tile: int, max_tiles: int) -> tuple[int, int]:
+    """(columns, rows) that keep most of an image's pixels and, among these, leave least of the grid empty.
+
+    Source: LLaVA-NeXT's choice of resolution (``select_best_resolution``).
+    """
+
+    def merit(grid: tuple[int, int]) -> tuple[int, int]:
+        width, height = grid[0] * tile, grid[1] * tile
+        scale = min(width / size[0], height / size[1])
+        kept = min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])
+        return kept, kept - width * height
+
+    return max(grids(max_tiles), key=merit)
+
+
+def load_preprocessor(vision: VisionConfig) -> PixelPreprocessor:
     """Settings from an encoder's ``preprocessor_config.json``.
 
     Args:
-        path: folder of the encoder, or its Hugging Face name.
-        mode: one of ``MODES``.
-        size: side in pixels; default the encoder's own. ``crop`` keeps the encoder's ratio of shortest edge to crop.
+        vision: whose ``path``, ``image_mode``, ``image_size`` (null: the encoder's own; ``crop`` keeps the encoder's
+            ratio of shortest edge to crop) and ``max_tiles`` are read.
 
     Raises:
-        DataError: no such file, or an unknown mode.
+        DataError: no such file, an unknown mode, or fewer than two tiles.
     """
+    path, mode, size = vision.path, vision.image_mode, vision.image_size
     if mode not in MODES:
-        raise DataError(f"image_mode={mode}: no such mode; there are {', '.join(MODES)}")
+        raise DataError(f"vision.image_mode={mode}: no such mode; there are {', '.join(MODES)}")
+    if vision.max_tiles < 2:
+        raise DataError(f"vision.max_tiles={vision.max_tiles}: at least 2; one view per image is image_mode=pad")
     settings = _settings(path)
     resized = settings.get("size", {})
     if isinstance(resized, int):
@@ -120,6 +189,7 @@ def load_preprocessor(path: str | Path, mode: str, size: int | None = None) -> P
         std=tuple(settings["image_std"]),
         resample=settings.get("resample", 3),
         rescale=settings.get("rescale_factor", 1 / 255),
+        max_tiles=vision.max_tiles,
     )
 
 
