@@ -1,0 +1,198 @@
+"""The loader against a plain loop of Pillow and the Hugging Face processor, in images per second of one core.
+
+    python -m benchmarks.loader                      photographs of several sizes at 336 pixels, every image mode
+    python -m benchmarks.loader --split FOLDER       a prepared split through the whole loader: samples/s, memory
+
+The photographs are made up: smooth noise of several scales with grain, JPEG quality 90, as large in bytes as real ones
+of their size. Both sides start from the files' bytes and end with one float32 batch, in one process with one thread;
+they take turns and each one's median CPU time counts, so that a busy machine slows both alike. Their results must be
+equal, or the benchmark fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import time
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPImageProcessor, LlavaNextImageProcessor
+
+from benchmarks.lowrank import interleaved
+from data_prep.schema import Sample, Split, write_split
+from data_prep.templates import Encoded
+from data_prep.tiny_llm import build_tokenizer
+from model.config import VisionConfig
+from train.data import DataConfig, PixelPreprocessor, SourceConfig, TrainLoader, load_preprocessor
+from train.data.collate import Piece, collate, dummy_image
+from train.data.pixels import grids
+
+PAPER_SAMPLES = 246
+"""Samples per second of the paper's pretraining (Table 7; LLaVA-v1.5: 106)."""
+PHOTOGRAPHS = ((500, 375), (375, 500), (640, 427), (640, 480), (1024, 768))
+SIZE = 336
+
+
+def photograph(width: int, height: int, seed: int) -> bytes:
+    """A JPEG file with the spectrum of a photograph, more or less."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.normal(0, 6, (height, width, 3)).astype(np.float32)
+    for scale in (4, 16, 64, 128):
+        for channel in range(3):
+            noise = rng.normal(0, scale, (max(2, height // scale), max(2, width // scale))).astype(np.float32)
+            pixels[..., channel] += np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
+    pixels = (pixels - pixels.min()) / np.ptp(pixels) * 255
+    stream = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(stream, "jpeg", quality=90)
+    return stream.getvalue()
+
+
+def plain_loop(processor: Any, files: list[bytes], **options: Any) -> Tensor:
+    """What a data set's ``__getitem__`` and a collator usually do."""
+    images = [Image.open(io.BytesIO(data)).convert("RGB") for data in files]
+    return torch.cat(
+        [processor(image, return_tensors="pt", **options)["pixel_values"].flatten(0, -4) for image in images]
+    )
+
+
+def padded(processor: Any, files: list[bytes]) -> Tensor:
+    """LLaVA-1.5's square in the mean colour, then the processor."""
+    out = []
+    for data in files:
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        side = max(image.size)
+        square = Image.new("RGB", (side, side), tuple(int(m * 255) for m in processor.image_mean))
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        out.append(processor(square, return_tensors="pt")["pixel_values"])
+    return torch.cat(out)
+
+
+def ours(pixels: PixelPreprocessor, files: list[bytes]) -> Tensor:
+    """The loader's way: `collate`."""
+    pieces = [Piece("benchmark", [data], [Encoded([1, 2], [-100, 2])]) for data in files]
+    return collate(pieces, pixels, 0, dummy_image(pixels)).images
+
+
+def measure(folder: Path, count: int, repeats: int) -> list[dict[str, Any]]:
+    """One record per kind of photograph and image mode."""
+    edge = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
+    clip = CLIPImageProcessor(**edge)
+    clip.save_pretrained(folder)
+    pinpoints = [[SIZE * rows, SIZE * columns] for columns, rows in grids(VisionConfig.max_tiles)]
+    tiles = LlavaNextImageProcessor(**edge, image_grid_pinpoints=pinpoints)
+    loops = {
+        "crop": lambda files: plain_loop(clip, files),
+        "resize": lambda files: plain_loop(clip, files, size={"height": SIZE, "width": SIZE}, do_center_crop=False),
+        "pad": lambda files: padded(clip, files),
+        "tiles": lambda files: plain_loop(tiles, files),
+    }
+    records = []
+    for width, height in PHOTOGRAPHS:
+        files = [photograph(width, height, seed) for seed in range(count)]
+        for mode, loop in loops.items():
+            pixels = load_preprocessor(VisionConfig(path=str(folder), image_mode=mode))
+            torch.testing.assert_close(ours(pixels, files), loop(files), atol=1e-5, rtol=0)
+
+            def timed(run: Any, files: list[bytes] = files) -> float:
+                started = time.process_time()
+                run(files)
+                return (time.process_time() - started) / len(files)
+
+            seconds = interleaved(
+                {
+                    "plain": lambda loop=loop, timed=timed: timed(loop),
+                    "ours": lambda pixels=pixels, timed=timed: timed(partial(ours, pixels)),
+                },
+                repeats,
+            )
+            records.append(
+                {
+                    "photograph": f"{width}x{height}",
+                    "kilobytes": sum(map(len, files)) / count / 1e3,
+                    "mode": mode,
+                    "plain images/s": 1 / seconds["plain"],
+                    "images/s": 1 / seconds["ours"],
+                    "ratio": seconds["plain"] / seconds["ours"],
+                    "cores for 8 x A100": PAPER_SAMPLES * seconds["ours"],
+                }
+            )
+    return records
+
+
+def whole_loader(folder: Path, steps: int, batch_size: int, size: int, group_by: str) -> dict[str, float]:
+    """A split through `TrainLoader` in this process: reading, template, tokens, pixels, batch."""
+    split = Split(folder)
+    words = [turn["content"] for n in range(min(64, len(split))) for turn in split[n].conversations[0]]
+    tokenizer = build_tokenizer(words)
+    pixels = PixelPreprocessor("crop", size, size, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
+    before = psutil.Process().memory_full_info()
+    config = DataConfig(
+        root="/", train=[SourceConfig(str(folder.resolve()))], batch_size=batch_size, template="bare", group_by=group_by
+    )
+    loader = TrainLoader(config, tokenizer, pixels)
+    next(loader)
+    started, cpu, peak = time.perf_counter(), time.process_time(), 0
+    for _ in range(steps):
+        next(loader)
+        peak = max(peak, psutil.Process().memory_full_info().uss)
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    return {
+        "samples of the split": len(loader.splits[0]),
+        "samples read": steps * batch_size,
+        "samples/s": steps * batch_size / seconds,
+        "samples/s of one core": steps * batch_size / cpu,
+        "MB before": before.uss / 1e6,
+        "MB at the peak": peak / 1e6,
+        "MB resident, mapped files included": psutil.Process().memory_info().rss / 1e6,
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=16, help="photographs of each size")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--split", type=Path, help="folder of a prepared split; `photographs`: made here")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--size", type=int, default=SIZE, help="pixels, with --split")
+    parser.add_argument("--group-by", default="none", help="with --split")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    result: Any
+    with TemporaryDirectory() as folder:
+        if arguments.split is None:
+            result = measure(Path(folder), arguments.images, arguments.repeats)
+            print(f"{'photograph':<12}{'kB':>6}  {'mode':<8}{'plain/s':>9}{'ours/s':>9}{'ratio':>7}{'cores':>7}")
+            for r in result:
+                print(
+                    f"{r['photograph']:<12}{r['kilobytes']:>6.0f}  {r['mode']:<8}{r['plain images/s']:>9.1f}"
+                    f"{r['images/s']:>9.1f}{r['ratio']:>7.2f}{r['cores for 8 x A100']:>7.2f}"
+                )
+            print(f"cores: to feed 8 x A100 at {PAPER_SAMPLES} samples/s")
+        else:
+            split = arguments.split
+            if str(split) == "photographs":
+                split = Path(folder) / "photographs"
+                talk = [[{"role": "user", "content": ""}, {"role": "assistant", "content": "a photo of noise"}]]
+                sizes = [PHOTOGRAPHS[n % len(PHOTOGRAPHS)] for n in range(64)]
+                write_split(split, [Sample(f"{n}", [photograph(*s, n)], talk, "made") for n, s in enumerate(sizes)])
+            result = whole_loader(split, arguments.steps, arguments.batch_size, arguments.size, arguments.group_by)
+            for name, value in result.items():
+                print(f"{name:<36}{value:>12.1f}")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
