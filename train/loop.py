@@ -78,9 +78,6 @@ class Loop:
         )
         with bar:
             while self.progress.step < self.total_steps:
-                if self.stop.agreed(self.engine.device):
-                    self.save()
-                    return False
                 record = self.step()
                 bar.set_postfix(
                     loss=f"{record['loss']:.3f}",
@@ -89,8 +86,14 @@ class Loop:
                     refresh=False,
                 )
                 bar.update()
+                if self.progress.step == self.total_steps:
+                    break
+                # After a step, not before the first: a run that is stopped during every start must still get on.
+                if self.stop.agreed(self.engine.device):
+                    self.save()
+                    return False
                 every = self.config.checkpoint.every
-                if every and self.progress.step % every == 0 and self.progress.step < self.total_steps:
+                if every and self.progress.step % every == 0:
                     self.save()
         self.save()
         return True

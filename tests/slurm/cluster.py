@@ -1,11 +1,15 @@
 """A real SLURM on this machine: munged, slurmctld and one slurmd per fake 8xA100 node, as plain processes on loopback.
 
 Nothing of the machine's own configuration is read or changed: all files lie below one folder, and each node lives in a
-UTS and mount namespace of its own, where its host name is `n1`, `n2`, ... and /etc/hosts knows these names.
+UTS and mount namespace of its own, where its host name is the node's (`n1`, `n2`, ...) and /etc/hosts knows these.
+
+`python -m tests.slurm.cluster ROOT PREFIX` stops the cluster of that folder once its standard input ends: every cluster
+has such a guard, so that none outlives the tests, however these end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -13,11 +17,13 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
+_CODE = Path(__file__).resolve().parents[2]
 PACKAGES = "slurmctld slurmd slurm-client munge"
 _FREEZER = Path("/sys/fs/cgroup/freezer")
 _SYSTEM_PATH = "/usr/sbin:/sbin"
@@ -66,8 +72,8 @@ SlurmdTimeout=60
 SlurmdParameters=config_overrides
 GresTypes=gpu
 {nodes} Port=[{first}-{last}] Sockets=2 CoresPerSocket=64 RealMemory=1000000 Gres=gpu:a100:8 Feature=a100 State=UNKNOWN
-PartitionName=gpu Nodes=n[1-{count}] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime={grace}
-PartitionName=urgent Nodes=n[1-{count}] MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=gpu Nodes={names} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime={grace}
+PartitionName=urgent Nodes={names} MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
 
@@ -77,12 +83,16 @@ class Cluster:
     Args:
         root: A new folder for all its files.
         nodes: Number of fake nodes.
+        prefix: Their names are this and a number. Control groups bear the names, so clusters that run side by side need
+            different ones.
         grace: Seconds between the warning and the end of a preempted job.
         extra: Further lines for slurm.conf.
     """
 
-    def __init__(self, root: Path, nodes: int = 2, grace: int = 120, extra: str = "") -> None:
-        self.root, self.nodes = root, nodes
+    def __init__(self, root: Path, nodes: int = 2, prefix: str = "n", grace: int = 120, extra: str = "") -> None:
+        self.root, self.prefix, self.grace, self.extra = root, prefix, grace, extra
+        self.nodes = [f"{prefix}{i + 1}" for i in range(nodes)]
+        self._guard: subprocess.Popen | None = None
         self.namespaces = subprocess.run(["unshare", "-m", "-u", "true"], capture_output=True).returncode == 0
         self.proctrack = "cgroup" if os.access(_FREEZER / "cgroup.procs", os.W_OK) else "linuxproc"
         self.env = os.environ | {
@@ -92,21 +102,21 @@ class Cluster:
         # A shell that already runs under SLURM, or has a site profile loaded, must not leak into the test.
         for name in [n for n in self.env if n.startswith(("SLURM_", "SBATCH_")) and n != "SLURM_CONF"]:
             del self.env[name]
-        self._write_files(grace, extra)
 
-    def _write_files(self, grace: int, extra: str) -> None:
+    def _write_files(self) -> None:
         for folder in ("etc", "run", "log", "state", "dev", "munge", "jobs"):
             (self.root / folder).mkdir(parents=True, exist_ok=True)
         for i in range(8):
             (self.root / f"dev/nvidia{i}").symlink_to("/dev/null")
-        names = [f"n{i + 1}" for i in range(self.nodes)]
-        for name in names:
+        for name in self.nodes:
             (self.root / "spool" / name).mkdir(parents=True)
         host = socket.gethostname().split(".")[0]
-        line = f"NodeName=n[1-{self.nodes}] NodeAddr=127.0.0.1"
+        count = len(self.nodes)
+        names = f"{self.prefix}[1-{count}]"
+        line = f"NodeName={names} NodeAddr=127.0.0.1"
         if not self.namespaces:
             line += f" NodeHostname={host}"
-        port = _free_ports(self.nodes + 1)
+        port = _free_ports(count + 1)
         etc = self.root / "etc"
         (etc / "slurm.conf").write_text(
             _CONF.format(
@@ -116,23 +126,23 @@ class Cluster:
                 port=port,
                 first_job=random.randrange(1, 60_000) * 1000,
                 first=port + 1,
-                last=port + self.nodes,
-                count=self.nodes,
+                last=port + count,
+                names=names,
                 nodes=line,
                 proctrack=self.proctrack,
-                grace=grace,
-                extra=extra,
+                grace=self.grace,
+                extra=self.extra,
             )
         )
         (etc / "gres.conf").write_text(
-            f"AutoDetect=off\nNodeName=n[1-{self.nodes}] Name=gpu Type=a100 File={self.root}/dev/nvidia[0-7]\n"
+            f"AutoDetect=off\nNodeName={names} Name=gpu Type=a100 File={self.root}/dev/nvidia[0-7]\n"
         )
         version = subprocess.run(["slurmd", "-V"], capture_output=True, text=True, env=self.env, check=True).stdout
         release = tuple(int(n) for n in re.search(r"(\d+)\.(\d+)", version).groups())
         # "disabled" exists from 23.02 on; before, cgroup/v1 is inert unless a plugin asks for it.
         plugin = "disabled" if release >= (23, 2) and self.proctrack != "cgroup" else "cgroup/v1"
         (etc / "cgroup.conf").write_text(f"CgroupPlugin={plugin}\n")
-        (etc / "hosts").write_text("".join(f"127.0.0.1 {n}\n" for n in ("localhost", host, *names)))
+        (etc / "hosts").write_text("".join(f"127.0.0.1 {n}\n" for n in ("localhost", host, *self.nodes)))
         (self.root / "munge").chmod(0o700)
         key = self.root / "munge/munge.key"
         key.write_bytes(os.urandom(128))
@@ -145,15 +155,22 @@ class Cluster:
             RuntimeError: a daemon does not come up; holds the end of the logs.
         """
         root = self.root
+        self._write_files()
+        self._guard = subprocess.Popen(
+            [sys.executable, "-m", "tests.slurm.cluster", str(root), self.prefix],
+            cwd=_CODE,
+            stdin=subprocess.PIPE,
+            start_new_session=True,  # a signal to the tests' process group must not reach it
+        )
         self._run(
             *("munged", "--force", f"--socket={root}/run/munge.socket", f"--key-file={root}/munge/munge.key"),
             *(f"--log-file={root}/log/munged.log", f"--pid-file={root}/run/munged.pid"),
             f"--seed-file={root}/munge/seed",
         )
         self._run("slurmctld", "-i")
-        for i in range(self.nodes):
-            self.start_node(f"n{i + 1}")
-        if not wait(lambda: len(self.idle()) == self.nodes, 30):
+        for name in self.nodes:
+            self.start_node(name)
+        if not wait(lambda: len(self.idle()) == len(self.nodes), 30):
             logs = "".join(log.read_text()[-2000:] for log in sorted((root / "log").glob("*.log")))
             raise RuntimeError(f"the test cluster does not come up:\n{logs}")
 
@@ -167,37 +184,38 @@ class Cluster:
             self._run("slurmd", "-N", name)
 
     def stop(self) -> None:
-        """Cancel all jobs and stop every daemon; kills what does not go by itself."""
-        subprocess.run(["scancel", "--full", "--user", str(os.getuid())], env=self.env, capture_output=True)
-        wait(lambda: not self.run("squeue", "--noheader", "--states=R,CG", check=False), 20)
-        pids = [int(f.read_text()) for f in sorted((self.root / "run").glob("*.pid")) if f.read_text().strip()]
-        pids = [p for p in pids if _command(p) in DAEMONS]  # never a reused pid
+        """End all jobs and stop every daemon; kills what does not go by itself. Harmless when there is nothing."""
+        if self._processes():
+            self.run("scancel", "--user", str(os.getuid()), check=False)
+            wait(self._no_jobs, 10)
         for number in (signal.SIGTERM, signal.SIGKILL):
-            for pid in pids:
-                if _alive(pid):
-                    os.kill(pid, number)
-            if wait(lambda: not any(map(_alive, pids)), 10):
+            _signal(self._processes(), number)
+            if wait(lambda: not self._processes(), 10):
                 break
-        # Job steps outlive their daemon.
-        leftover = [p for p in self._own_processes() if p != os.getpid()]
-        for pid in leftover:
-            os.kill(pid, signal.SIGKILL)
-        wait(lambda: not any(map(_alive, leftover)), 10)
-        for folder in _FREEZER.glob("slurm_n*") if self.proctrack == "cgroup" else ():
-            for group in sorted(folder.rglob("*/"), reverse=True) + [folder]:
-                if group.is_dir():
-                    wait(lambda group=group: _removed(group), 5)
+        if self.proctrack == "cgroup":
+            # Deepest first; what is not empty belongs to another cluster, with nodes of the same names.
+            for group in sorted(_FREEZER.glob(f"slurm_{self.prefix}[0-9]*/**/"), reverse=True):
+                with contextlib.suppress(OSError):
+                    group.rmdir()
+        if self._guard is not None:
+            self._guard.communicate()
+            self._guard = None
 
-    def _own_processes(self) -> list[int]:
-        """Processes started by this cluster: they carry its SLURM_CONF."""
-        mark = f"SLURM_CONF={self.root}/etc/slurm.conf".encode()
+    def _no_jobs(self) -> bool:
+        """Kill what jobs have started by now, without the grace that SLURM would give it; True when none is left."""
+        _signal(self._processes("SLURM_JOB_ID"), signal.SIGKILL)
+        return not self.run("squeue", "--noheader", "--states=R,CG", check=False)
+
+    def _processes(self, variable: str = "") -> list[int]:
+        """Processes of this cluster: they carry its SLURM_CONF (and `variable`, where given)."""
+        wanted = (f"\0SLURM_CONF={self.root}/etc/slurm.conf\0".encode(), f"\0{variable}".encode())
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                variables = (folder / "environ").read_bytes().split(b"\0")
+                environment = b"\0" + (folder / "environ").read_bytes() + b"\0"
             except OSError:
                 continue
-            if mark in variables and b"SLURM_JOB_ID" in b"\0".join(variables):
+            if all(word in environment for word in wanted) and _alive(int(folder.name)):
                 found.append(int(folder.name))
         return found
 
@@ -211,6 +229,19 @@ class Cluster:
     def _run(self, *command: str) -> None:
         # No pipes: a daemon would keep them open.
         subprocess.run(command, env=self.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+
+    @contextlib.contextmanager
+    def configured(self, line: str) -> Iterator[None]:
+        """Within the context slurm.conf holds one more line."""
+        path = self.root / "etc/slurm.conf"
+        before = path.read_text()
+        path.write_text(f"{before}{line}\n")
+        self.run("scontrol", "reconfigure")
+        try:
+            yield
+        finally:
+            path.write_text(before)
+            self.run("scontrol", "reconfigure")
 
     def idle(self) -> list[str]:
         """Names of the idle nodes."""
@@ -274,11 +305,10 @@ def _free_ports(count: int) -> int:
     raise RuntimeError("no free ports for the test cluster")
 
 
-def _command(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    except OSError:
-        return ""
+def _signal(pids: list[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def _alive(pid: int) -> bool:
@@ -289,11 +319,6 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def _removed(folder: Path) -> bool:
-    try:
-        folder.rmdir()
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
-    return True
+if __name__ == "__main__":
+    sys.stdin.read()
+    Cluster(Path(sys.argv[1]), prefix=sys.argv[2]).stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,9 +15,13 @@ import pytest
 
 from data_prep import parts, schema
 from tests.slurm.cluster import Cluster, available, wait
+from train import config as configuration
+from train import run_dir
+from train.tracking import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 12
+STEPS = 32
+EVERY = 4  # steps from one checkpoint to the next
 Losses = list[tuple[int, float]]
 """(step, loss) of a run, in the order of its file."""
 
@@ -34,11 +39,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if reason := available():
         pytest.skip(reason)
     cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    # As Ctrl-C: what a time limit or a cancelled job of the CI sends must not skip the clean-up.
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         cluster.start()
         yield cluster
     finally:
         cluster.stop()
+        signal.signal(signal.SIGTERM, previous)
 
 
 @dataclass
@@ -71,6 +79,12 @@ class Site:
         )
         return job, run
 
+    def twin(self, run: Path, name: str, tracking: str) -> Path:
+        """A new run of the same configuration."""
+        config = configuration.load(run / "config.yaml")
+        config.run_dir, config.tracking.wandb = str(self.folder / name), tracking
+        return run_dir.create(config)
+
     def log(self, job: str) -> str:
         """Output of a job so far."""
         path = self.folder / f"{job}.log"
@@ -80,7 +94,7 @@ class Site:
         """Wait until a run has done so many steps."""
         assert wait(lambda: last_step(run) >= step, timeout), f"{run} stays at step {last_step(run)}"
 
-    def complete(self, job: str, run: Path, timeout: float = 300) -> Losses:
+    def complete(self, job: str, run: Path, timeout: float = 180) -> Losses:
         """Wait for a job that must succeed; returns (step, loss) of its run."""
         state = self.cluster.finish(job, timeout)
         assert state == "COMPLETED" and (run / "DONE").exists(), f"{state}\n{self.log(job)}"
@@ -89,9 +103,7 @@ class Site:
 
 def losses(run: Path) -> Losses:
     """(step, loss) in the order of the file."""
-    path = run / "metrics.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [(r["step"], r["loss"]) for r in records if "loss" in r]
+    return [(r["step"], r["loss"]) for r in read_metrics(run) if "loss" in r]
 
 
 def last_step(run: Path) -> int:
@@ -125,13 +137,19 @@ def site(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Site:
         *("llm=tiny", f"llm.path={tiny}", f"vision.path={vision}", "recipe=smollm2_135m_pretrain"),
         *("generator.layers=null", "generator.every=1", "generator.width=64", "generator.num_heads=4"),
         *("data.batch_size=8", f"data.train=[{{path:{data},weight:1.0}}]", "data.val=null", "data.test=null"),
-        *(f"stage.steps={STEPS}", "checkpoint.every=4", "++tracking.weights_every=1000", "engine.timeout_minutes=2"),
+        *(
+            f"stage.steps={STEPS}",
+            f"checkpoint.every={EVERY}",
+            "++tracking.weights_every=1000",
+            "engine.timeout_minutes=2",
+        ),
     ]
     return Site(cluster, folder, overrides, {"VLORA_SITE": str(profile), "HF_HUB_OFFLINE": "1"})
 
 
 @pytest.fixture(scope="session")
-def undisturbed(site: Site) -> Losses:
-    """A run that nothing interrupts."""
+def undisturbed(site: Site) -> Path:
+    """Run directory of a run that nothing interrupts."""
     job, run = site.pretrain("undisturbed")
-    return site.complete(job, run)
+    site.complete(job, run)
+    return run

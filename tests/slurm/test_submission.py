@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -212,26 +213,53 @@ def test_submitted_from_elsewhere_says_so(cluster: Cluster, tmp_path: Path) -> N
     assert "submit from the repository's root" in (tmp_path / "log").read_text()
 
 
-def test_nothing_is_left_behind(tmp_path: Path, cluster: Cluster) -> None:
-    """A second cluster beside the first comes up, runs a job that ignores signals, and is gone after `stop`."""
-    second = Cluster(tmp_path / "second", nodes=1)
-    second.start()
-    try:
-        script = tmp_path / "stubborn.sh"
-        script.write_text("#!/bin/bash\ntrap '' TERM\nsleep 0.1\nsleep 300\n")
-        job = second.run("sbatch", "--parsable", "--output=/dev/null", str(script))
-        assert wait(lambda: second.state(job) == "RUNNING", 20)
-    finally:
-        second.stop()
-    mark = f"SLURM_CONF={second.root}".encode()
-    left = []
+STUBBORN = """
+import signal, sys
+from pathlib import Path
+from tests.slurm.cluster import Cluster, wait
+cluster = Cluster(Path(sys.argv[1]), nodes=1, prefix='m')
+cluster.start()
+job = cluster.run("sbatch", "--parsable", "--output=/dev/null", sys.argv[2])
+assert wait(lambda: cluster.state(job) == "RUNNING", 20)
+print("running", flush=True)
+if sys.argv[3] == "stop":
+    cluster.stop()
+else:
+    signal.pause()
+"""
+
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_nothing_is_left_behind(tmp_path: Path, cluster: Cluster, end: str) -> None:
+    """A second cluster comes up beside the first, runs a job that ignores signals, and is gone in the end.
+
+    Also where nobody stops it, because the process that had started it was killed.
+    """
+    script = tmp_path / "stubborn.sh"
+    script.write_text("#!/bin/bash\ntrap '' TERM\nsleep 300\nsleep 300\n")
+    root = tmp_path / "second"
+    owner = subprocess.Popen(
+        [sys.executable, "-c", STUBBORN, str(root), str(script), end], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdout.readline() == "running\n"
+    if end == "kill":
+        owner.kill()
+    assert owner.wait(60) == (-signal.SIGKILL if end == "kill" else 0)
+    owner.stdout.close()
+    assert wait(lambda: not processes_below(root), 30 if end == "kill" else 0), processes_below(root)
+
+
+def processes_below(root: Path) -> list[str]:
+    """Processes that carry the folder in their command line or environment."""
+    found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if mark in (folder / "environ").read_bytes():
-                left.append(folder.name)
+            words = (folder / "cmdline").read_bytes() + (folder / "environ").read_bytes()
         except OSError:
             continue
-    assert left in ([], [str(os.getpid())])
+        if str(root).encode() in words and int(folder.name) != os.getpid():
+            found.append(words.decode(errors="replace")[:200])
+    return found
 
 
 def test_evaluation_of_a_point(cluster: Cluster, fake_python: Path) -> None:

@@ -10,22 +10,18 @@ import os
 import signal
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.slurm.cluster import wait
-from tests.slurm.conftest import STEPS, Losses, Site, last_step
-
-pytestmark = pytest.mark.slow
-
-
-def restarts(site: Site, job: str) -> int:
-    return int(site.cluster.show(job)["Restarts"])
+from tests.slurm.conftest import EVERY, STEPS, Site, last_step, losses
 
 
 def test_two_by_two_completes_under_zero3(site: Site) -> None:
-    """With preflight."""
+    """2 nodes x 2 tasks, with preflight."""
     options = ("--ntasks-per-node=2",)
     job, run = site.pretrain(
         "two_by_two", "stage.steps=4", options=options, VLORA_PREFLIGHT="1", VLORA_MIN_FREE_GIB="0"
@@ -36,87 +32,158 @@ def test_two_by_two_completes_under_zero3(site: Site) -> None:
     assert "all-reduce over 4 ranks" in site.log(job) and "links between nodes" in site.log(job)
 
 
-def test_undisturbed_run(undisturbed: Losses) -> None:
-    assert [step for step, _ in undisturbed] == list(range(1, STEPS + 1))
+def test_undisturbed_run(undisturbed: Path) -> None:
+    assert [step for step, _ in losses(undisturbed)] == list(range(1, STEPS + 1))
 
 
-def test_signal_to_the_batch_shell(site: Site, undisturbed: Losses) -> None:
-    """Also: offline wandb has one id over both lifetimes, and every step once."""
-    job, run = site.pretrain("signalled", "tracking=offline")
-    site.reach(run, 3)
-    site.cluster.run("scancel", "--batch", "--signal=USR1", job)
-    assert site.complete(job, run) == undisturbed
-    assert restarts(site, job) == 1
-    stopped_cleanly(site, job, run)
-    ids, steps = wandb_steps(run)
-    assert ids == {json.loads((run / "run.json").read_text())["id"]}
-    assert steps == list(range(1, STEPS + 1))
+@dataclass
+class Interrupted:
+    """The job that the tests below interrupt.
+
+    Attributes:
+        job: Its id.
+        run: Its run directory.
+    """
+
+    site: Site
+    job: str
+    run: Path
+
+    def submit(self) -> None:
+        self.job = self.site.submit("pretrain.sbatch", "--run-dir", str(self.run))
+
+    def restarts(self) -> int:
+        return int(self.site.cluster.show(self.job)["Restarts"])
+
+    @contextmanager
+    def restart(self) -> Iterator[None]:
+        """The job is training before the context and has been requeued, just once, after it."""
+        self.site.reach(self.run, last_step(self.run) + 2)
+        before = self.restarts()
+        yield
+        assert wait(lambda: self.restarts() == before + 1, 120), self.site.log(self.job)
+
+    @contextmanager
+    def clean_stop(self, told: str) -> Iterator[None]:
+        """As `restart`, and the job has stopped with a checkpoint, not by a crash that happened to be survived.
+
+        Args:
+            told: The ranks are held still until this stands in the job's log once more, so that they do not finish
+                while SLURM takes its time.
+        """
+        with self.restart():
+            log, step = self.site.log(self.job), last_step(self.run)
+            with held(self.run):
+                yield
+                assert wait(lambda: self.site.log(self.job).count(told) > log.count(told), 90)
+        ends = "stopped with a checkpoint"
+        assert self.site.log(self.job).count(ends) == log.count(ends) + 1, self.site.log(self.job)
+        # The step that was under way, and at most one more that had begun before the held ranks were told.
+        assert last_step(self.run) <= step + 2
+
+    @contextmanager
+    def preemption(self) -> Iterator[None]:
+        """A job of a higher partition wants the nodes, and has had them after the context."""
+        urgent = ("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null")
+        job = self.site.cluster.run(*urgent, "--wrap=sleep 1")
+        yield
+        assert self.site.cluster.finish(job, 120) == "COMPLETED"
 
 
-def test_time_limit(site: Site, undisturbed: Losses) -> None:
-    """Limits are looked at twice a minute and the warning may come a minute early: here at once."""
-    job, run = site.pretrain("limited", options=("--time=1", "--signal=B:USR1@30"))
-    assert site.complete(job, run) == undisturbed
-    assert restarts(site, job) >= 1 and "got SIGUSR1" in site.log(job)
-    stopped_cleanly(site, job, run)
+@pytest.fixture(scope="module")
+def interrupted(site: Site, undisturbed: Path) -> Interrupted:
+    job = Interrupted(site, "", site.twin(undisturbed, "interrupted", tracking="offline"))
+    job.submit()
+    return job
 
 
-def test_preempted_by_a_higher_partition(site: Site, undisturbed: Losses) -> None:
-    """SLURM tells the tasks (SIGTERM) and not the batch shell."""
-    job, run = site.pretrain("preempted")
-    site.reach(run, 3)
-    urgent = site.cluster.run(
-        *("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null"),
-        "--wrap=sleep 1",
-    )
-    site.cluster.finish(urgent, 120)
-    assert site.complete(job, run) == undisturbed
-    assert restarts(site, job) == 1
-    stopped_cleanly(site, job, run)
+class TestOneRunInterruptedInEveryWay:
+    """Each test interrupts the same run in its own way and leaves it waiting to go on; the last ones see it through."""
+
+    def test_signal_to_the_batch_shell(self, site: Site, interrupted: Interrupted) -> None:
+        with interrupted.clean_stop(told="got SIGUSR1"):
+            site.cluster.run("scancel", "--batch", "--signal=USR1", interrupted.job)
+
+    @pytest.mark.slow
+    def test_time_limit(self, site: Site, interrupted: Interrupted) -> None:
+        """--signal of the script's header says how long before the limit SLURM tells the batch shell."""
+        with interrupted.clean_stop(told="got SIGUSR1"):
+            site.cluster.run("scontrol", "update", f"JobId={interrupted.job}", "TimeLimit=5")
+        site.cluster.run("scontrol", "update", f"JobId={interrupted.job}", "TimeLimit=30")
+
+    @pytest.mark.slow
+    def test_preempted_and_the_tasks_are_told(self, interrupted: Interrupted) -> None:
+        """By SIGTERM; the batch shell gets nothing."""
+        with interrupted.preemption(), interrupted.clean_stop(told="CANCELLED AT"):
+            pass
+        assert "got SIGTERM" not in interrupted.site.log(interrupted.job)
+
+    @pytest.mark.slow
+    def test_preempted_and_only_the_batch_shell_is_told(self, site: Site, interrupted: Interrupted) -> None:
+        with (
+            site.cluster.configured("SlurmctldParameters=preempt_send_user_signal"),
+            interrupted.preemption(),
+            interrupted.clean_stop(told="got SIGUSR1"),
+        ):
+            pass
+
+    @pytest.mark.slow
+    def test_requeued_from_outside(self, site: Site, interrupted: Interrupted) -> None:
+        with interrupted.restart():
+            site.cluster.run("scontrol", "requeue", interrupted.job)
+        assert (interrupted.run / "STOPPED").exists() and not (interrupted.run / "crashes").exists()
+
+    @pytest.mark.slow
+    def test_cancelled_by_its_user(self, site: Site, interrupted: Interrupted) -> None:
+        """A clean stop with a checkpoint, and no requeue; submitted again, the run goes on."""
+        job, run = interrupted.job, interrupted.run
+        site.reach(run, last_step(run) + 2)
+        site.cluster.run("scancel", job)
+        assert site.cluster.finish(job, 60) == "CANCELLED"
+        assert (run / "STOPPED").exists() and not (run / "DONE").exists()
+        assert (run / f"checkpoints/step-{last_step(run):06d}/COMPLETE").exists()
+        assert "nothing to do here" in site.log(job) and not (run / "crashes").exists()
+        interrupted.submit()
+
+    def test_one_rank_killed(self, interrupted: Interrupted) -> None:
+        """Ends everywhere at once, is requeued once, goes on from the last checkpoint."""
+        with interrupted.restart():
+            (victim,) = [p for p in workers(interrupted.run) if environment(p).get("SLURM_PROCID") == "1"]
+            os.kill(victim, signal.SIGKILL)
+            assert wait(lambda: not workers(interrupted.run), 30)
+        assert len((interrupted.run / "crashes").read_text().splitlines()) == 1
+
+    @pytest.mark.slow
+    def test_node_down(self, site: Site, interrupted: Interrupted) -> None:
+        with interrupted.restart():
+            site.cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+        site.cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
+
+    def test_losses_equal_the_undisturbed_run(self, site: Site, interrupted: Interrupted, undisturbed: Path) -> None:
+        """Bit for bit, every step once."""
+        assert site.complete(interrupted.job, interrupted.run) == losses(undisturbed)
+
+    def test_offline_wandb_is_one_run(self, interrupted: Interrupted) -> None:
+        """All lifetimes have one id, and hold every step once but those that the killed ones had not saved."""
+        ids, steps = wandb_steps(interrupted.run)
+        assert ids == {json.loads((interrupted.run / "run.json").read_text())["id"]}
+        assert sorted(set(steps)) == list(range(1, STEPS + 1))
+        crashed = [int(line.split()[0]) for line in (interrupted.run / "crashes").read_text().splitlines()]
+        assert all(steps.count(step) == 1 for step in steps if step <= min(crashed) - EVERY), steps
 
 
-def test_requeued_from_outside(site: Site, undisturbed: Losses) -> None:
-    job, run = site.pretrain("requeued")
-    site.reach(run, 3)
-    site.cluster.run("scontrol", "requeue", job)
-    assert site.complete(job, run) == undisturbed
-
-
-def test_cancelled_by_its_user(site: Site) -> None:
-    """A clean stop with a checkpoint, and no requeue."""
-    job, run = site.pretrain("cancelled")
-    site.reach(run, 3)
-    site.cluster.run("scancel", job)
-    assert site.cluster.finish(job, 60) == "CANCELLED"
-    assert (run / "STOPPED").exists() and not (run / "DONE").exists()
-    assert (run / f"checkpoints/step-{last_step(run):06d}/COMPLETE").exists()
-    assert "nothing to do here" in site.log(job) and "requeueing" not in site.log(job)
-
-
-def test_one_rank_killed(site: Site, undisturbed: Losses) -> None:
-    """Ends everywhere at once, requeued once, goes on from the last checkpoint."""
-    job, run = site.pretrain("killed")
-    site.reach(run, 6)
-    (victim,) = [p for p in workers(run) if environment(p).get("SLURM_PROCID") == "1"]
-    os.kill(victim, signal.SIGKILL)
-    assert wait(lambda: not workers(run), 60)
-    assert site.complete(job, run) == undisturbed
-    assert restarts(site, job) == 1 and len((run / "crashes").read_text().splitlines()) == 1
-
-
-def test_node_down(site: Site, undisturbed: Losses) -> None:
-    job, run = site.pretrain("node_down")
-    site.reach(run, 6)
-    site.cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
-    assert wait(lambda: restarts(site, job) == 1, 90)
-    site.cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
-    assert site.complete(job, run) == undisturbed
-
-
-def stopped_cleanly(site: Site, job: str, run: Path) -> None:
-    """The job ended its earlier lifetime with a checkpoint, not as a crash that happened to be survived."""
-    assert "stopped with a checkpoint" in site.log(job)
-    assert not (run / "crashes").exists(), (run / "crashes").read_text()
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """The ranks of a run stand still."""
+    pids = workers(run)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
 
 def workers(run: Path) -> list[int]:
