@@ -59,7 +59,7 @@ def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: Stop
     vision = None
     if config.vision.cache:
         vision = build_vision(config.vision, torch.float32)
-        image = _feature_cache(config, vision, pixels, identity, device)
+        image = _feature_cache(config, vision, pixels, identity, device, read_record(run_dir)["id"])
         vision.encoder = None  # its sizes are still needed, its weights are not
         gc.collect()
     loader = TrainLoader(config.data, tokenizer, image, config.seed, rank, world, micro_steps)
@@ -149,7 +149,7 @@ def _build(config: RunConfig, world: int, micro_steps: int, vision: torch.nn.Mod
 
 
 def _feature_cache(
-    config: RunConfig, vision: torch.nn.Module, pixels: Any, identity: dict[str, str], device: torch.device
+    config: RunConfig, vision: torch.nn.Module, pixels: Any, identity: dict[str, str], device: torch.device, run: str
 ) -> ImageInput:
     paths = [source.path for source in config.data.train] + ([config.data.val] if config.data.val else [])
     vision.requires_grad_(False)
@@ -166,6 +166,7 @@ def _feature_cache(
         encode,
         f"{identity['vision']}/{read.layer}/{read.final_norm}/{read.keep_cls}",
         dtype="float32" if config.engine.precision == "fp32" else "bfloat16",
+        run=run,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         barrier=distributed.barrier,

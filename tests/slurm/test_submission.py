@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from data_prep import schema
 from tests.slurm.cluster import Cluster, wait
 from tests.slurm.conftest import ROOT
 
@@ -84,6 +85,9 @@ elif module == "train.worker":
     if os.environ["SLURM_PROCID"] == "0":
         for word in action[1:]:
             name, _, text = word.partition("=")
+            if name == "sleep":
+                time.sleep(float(text))
+                continue
             (run / name).write_text((text or "x").replace("_", " ") + "\\n")
     sys.exit(int(action[0]))
 """
@@ -164,6 +168,18 @@ def test_crash_at_one_step_ends_crashes_further_on_do_not(cluster: Cluster, fake
     assert steps == ["5", "9", "9"]
 
 
+def test_a_cancelled_job_is_not_requeued(cluster: Cluster, fake_python: Path) -> None:
+    """Its workers have stopped with a checkpoint, but by then the job is its user's no more."""
+    (fake_python / "plan").write_text("0 sleep=2 STOPPED=SIGTERM")
+    job = submit(cluster, fake_python)
+    assert wait(lambda: calls(fake_python, "train.worker") != [], 60)
+    cluster.run("scancel", job)
+    assert cluster.finish(job, 60) == "CANCELLED"
+    assert cluster.show(job)["Restarts"] == "0"
+    log = (fake_python / f"{job}.log").read_text()
+    assert "got SIGTERM" in log and "nothing to do here" in log and (fake_python / "run/STOPPED").exists()
+
+
 def test_requeue_limit(cluster: Cluster, fake_python: Path) -> None:
     (fake_python / "plan").write_text("0 STOPPED=SIGUSR1")
     job = submit(cluster, fake_python, VLORA_MAX_REQUEUES="1")
@@ -194,16 +210,17 @@ def test_only_the_stopped_element_of_an_array_is_requeued(cluster: Cluster, fake
     assert all((sweep / str(i) / "DONE").exists() for i in range(3))
 
 
-def test_array_of_data_preparation(cluster: Cluster, fake_python: Path) -> None:
-    options = ("--array=0-1", "--cpus-per-task=1", "--mem=1G", f"--output={fake_python}/%a.log")
-    script = str(ROOT / "slurm/data_prep.sbatch")
-    job = cluster.run(
-        *("sbatch", "--parsable", *options, script, "source=easy_vqa"),
-        cwd=ROOT,
-        VLORA_SITE=str(fake_python / "site.sh"),
-    )
-    assert cluster.finish(job, 60) == "COMPLETED"
-    assert sorted(call[3] for call in calls(fake_python, "data_prep")) == ["task=0/2", "task=1/2"]
+def test_array_of_data_preparation(cluster: Cluster, tmp_path: Path) -> None:
+    """Each task writes its part of the shards, the last to end the manifest; numbered from any first task."""
+    (tmp_path / "site.sh").write_text(f"export VLORA_PYTHON={sys.executable} VLORA_PREFLIGHT=0\n")
+    options = ("--array=3-4", "--cpus-per-task=1", "--mem=1G", f"--output={tmp_path}/%a.log")
+    source = ("source=synthetic", "source.samples=40", "source.samples_per_shard=10", f"root={tmp_path}/data")
+    command = ("sbatch", "--parsable", *options, str(ROOT / "slurm/data_prep.sbatch"), *source)
+    job = cluster.run(*command, cwd=ROOT, VLORA_SITE=str(tmp_path / "site.sh"))
+    assert cluster.finish(job, 120) == "COMPLETED", "".join(f.read_text() for f in tmp_path.glob("*.log"))
+    assert len(schema.Split(tmp_path / "data/synthetic/train")) == 40
+    logs = [(tmp_path / f"{i}.log").read_text() for i in (3, 4)]
+    assert any("made: 40 samples" in log for log in logs), logs
 
 
 def test_submitted_from_elsewhere_says_so(cluster: Cluster, tmp_path: Path) -> None:
@@ -216,6 +233,7 @@ def test_submitted_from_elsewhere_says_so(cluster: Cluster, tmp_path: Path) -> N
 STUBBORN = """
 import signal, sys
 from pathlib import Path
+from data_prep import schema
 from tests.slurm.cluster import Cluster, wait
 cluster = Cluster(Path(sys.argv[1]), nodes=1, prefix='m')
 cluster.start()

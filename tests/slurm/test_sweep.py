@@ -11,13 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import ROOT, Site
+from tests.slurm import offline_wandb
+from tests.slurm.cluster import wait
+from tests.slurm.conftest import ROOT, Site, losses
+from train import slurm, sweep_report
 
 CPU = "ntasks-per-node:1,cpus-per-task:1,gpus-per-node:0,mem:1G,time:30"
 
 
 def train(site: Site, module: str, *arguments: str) -> subprocess.CompletedProcess:
-    environment = site.cluster.env | site.env | {"OMP_NUM_THREADS": "1"}
+    environment = site.cluster.env | site.env | {"OMP_NUM_THREADS": "1", "VLORA_CACHE": str(site.folder / "cache")}
     command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -43,20 +46,20 @@ def test_render_only(site: Site, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_by_two_sweep_and_its_report(site: Site) -> None:
+def test_two_by_two_sweep_and_its_report(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reported while it runs, and in the end with a point that has failed; all in one wandb group."""
     folder = site.folder / "sweep"
-    launcher = [
-        "hydra/launcher=slurm",
-        "hydra.launcher.nodes=2",
-        "hydra.launcher.tasks_per_node=1",
-        "hydra.launcher.throttle=2",
-    ]
+    launcher = ["hydra/launcher=slurm", "hydra.launcher.nodes=1", "hydra.launcher.tasks_per_node=1"]
     options = f"+hydra.launcher.sbatch={{{CPU},output:{site.folder}/sweep-%a.log}}"
     points = ["generator.rank=4,8", "generator.num_blocks=1,2", "stage.steps=3", f"hydra.sweep.dir={folder}"]
-    done = train(site, "train", "-m", *launcher, options, *site.overrides, *points)
+    done = train(site, "train", "-m", *launcher, options, *site.overrides, *points, "tracking=offline")
     assert done.returncode == 0, done.stderr
     job = json.loads((folder / "jobs.json").read_text())["train"]
-    state = site.cluster.finish(job, 400)
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, site.cluster.env[name])
+    assert wait(lambda: "RUNNING" in slurm.states(job).values(), 30)
+    assert {row["state"] for row in sweep_report.collect(folder)} == {"running", "waiting"}
+    state = site.cluster.finish(job, 300)
     logs = "".join(f.read_text()[-1500:] for f in site.folder.glob("sweep-*.log"))
     assert state == "COMPLETED", logs
     (folder / "3/DONE").unlink()
@@ -68,10 +71,16 @@ def test_two_by_two_sweep_and_its_report(site: Site) -> None:
     assert [(r["rank"], r["blocks"], r["state"]) for r in rows] == [
         ("4", "1", "finished"), ("4", "2", "finished"), ("8", "1", "finished"), ("8", "2", "failed"),
     ]  # fmt: skip
-    assert all(float(r["loss"]) > 0 and r["step"] == "3" for r in rows)
+    for row in rows:
+        expected = [loss for _, loss in losses(folder / row["point"])]
+        assert len(expected) == 3 and float(row["loss"]) == pytest.approx(sum(expected) / 3)
     report = (folder / "report.md").read_text()
     assert "3 finished, 1 failed" in report and "a reason" in report
     assert (folder / "loss.png").stat().st_size > 1000 and (folder / "speed.png").exists()
+    lifetimes = [life for where in (folder, *(folder / str(i) for i in range(4))) for life in offline_wandb.read(where)]
+    assert len(lifetimes) == 5 and {life.group for life in lifetimes} == {"sweep"}
+    (logged,) = [life for life in lifetimes if life.job_type == "report"]
+    assert {key.partition(".")[0] for row in logged.rows for key in row} >= {"points", "loss", "speed"}
 
 
 def test_a_failed_link_stops_the_chain(site: Site, tmp_path: Path) -> None:

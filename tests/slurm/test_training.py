@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.slurm import offline_wandb
 from tests.slurm.cluster import wait
 from tests.slurm.conftest import EVERY, STEPS, Site, last_step, losses
 
@@ -165,8 +165,11 @@ class TestOneRunInterruptedInEveryWay:
 
     def test_offline_wandb_is_one_run(self, interrupted: Interrupted) -> None:
         """All lifetimes have one id, and hold every step once but those that the killed ones had not saved."""
-        ids, steps = wandb_steps(interrupted.run)
-        assert ids == {json.loads((interrupted.run / "run.json").read_text())["id"]}
+        lifetimes = offline_wandb.read(interrupted.run)
+        steps = [row["step"] for lifetime in lifetimes for row in lifetime.rows if "loss" in row]
+        assert len(lifetimes) > 2 and {lifetime.id for lifetime in lifetimes} == {
+            json.loads((interrupted.run / "run.json").read_text())["id"]
+        }
         assert sorted(set(steps)) == list(range(1, STEPS + 1))
         crashed = [int(line.split()[0]) for line in (interrupted.run / "crashes").read_text().splitlines()]
         assert all(steps.count(step) == 1 for step in steps if step <= min(crashed) - EVERY), steps
@@ -204,38 +207,3 @@ def workers(run: Path) -> list[int]:
 def environment(pid: int) -> dict[str, str]:
     words = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
     return dict(word.partition("=")[::2] for word in words)
-
-
-def wandb_steps(run: Path) -> tuple[set[str], list[int]]:
-    """Run ids of all offline lifetimes, and the training steps they logged, in order of time."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    ids, steps = set(), []
-    for file in sorted(run.glob("wandb/offline-run-*/run-*.wandb")):
-        for data in log_records(file.read_bytes()):
-            record = Record.FromString(data)
-            if record.HasField("run"):
-                ids.add(record.run.run_id)
-            if record.HasField("history"):
-                row = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
-                if "loss" in row:
-                    steps.append(int(row["step"]))
-    return ids, steps
-
-
-def log_records(data: bytes) -> Iterator[bytes]:
-    """Records of a LevelDB log: 7 bytes of file header, then blocks of 32 KiB holding whole or split records."""
-    position, parts = 7, []
-    while position + 7 <= len(data):
-        room = 32768 - position % 32768
-        if room < 7:  # too short for a record's header: padding
-            position += room
-            continue
-        length, kind = struct.unpack_from("<HB", data, position + 4)
-        if kind == 0:
-            return
-        parts.append(data[position + 7 : position + 7 + length])
-        position += 7 + length
-        if kind in (1, 4):  # whole, or last part
-            yield b"".join(parts)
-            parts = []

@@ -385,3 +385,21 @@ def test_feature_cache(root, tokenizer, tmp_path):
         cache(png(12345))
     (batch,) = next(TrainLoader(config(root), tokenizer, half))
     assert batch.images.shape[1:] == (5, 3) and batch.images.dtype is torch.bfloat16
+
+
+def test_two_runs_make_the_feature_cache_at_once(root, tmp_path):
+    """The second begins and ends while the first is in the middle; both end with the same whole cache."""
+    splits, inner = [Split(root / "a"), Split(root / "b")], []
+
+    def plain(pixels):
+        return pixels.flatten(2).transpose(1, 2)[:, :5]
+
+    def interrupted(pixels):
+        if len(pixels) == 7 and not inner:
+            inner.append(ensure_feature_cache(tmp_path, splits, PIXELS, plain, "v1", "float32", run="second"))
+        return plain(pixels)
+
+    first = ensure_feature_cache(tmp_path, splits, PIXELS, interrupted, "v1", "float32", batch_size=7, run="first")
+    assert [path.name for path in tmp_path.iterdir()] == [first.folder.name] == [inner[0].folder.name]
+    image = splits[1][9].images[0]
+    assert torch.equal(first(image), plain(PIXELS(image)[None])[0]) and torch.equal(inner[0](image), first(image))

@@ -93,6 +93,7 @@ def ensure_feature_cache(
     vision_fingerprint: str,
     dtype: str = "bfloat16",
     batch_size: int = 32,
+    run: str = "",
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
@@ -109,6 +110,7 @@ def ensure_feature_cache(
         vision_fingerprint: of the encoder's weights and of which layer and tokens are read.
         dtype: ``float32`` or ``bfloat16``, of the stored features.
         batch_size: images per call of ``encode``.
+        run: id of the run; runs that begin together (points of a sweep) each make the cache, the first to end is kept.
         rank, world_size, barrier: of the process group.
 
     Raises:
@@ -124,7 +126,7 @@ def ensure_feature_cache(
     barrier()  # so that all ranks have looked before any goes on to make it
     if ready:
         return FeatureCache(target)
-    working = target.with_name(f".{target.name}.working")
+    working = target.with_name(f".{target.name}.{run}.working")
     blank = torch.zeros(1, 3, pixels.size, pixels.size)
     shape = (len(keys), *encode(blank).shape[1:])  # on every rank alike: ZeRO-3 gathers weights in it
     if rank == 0:
@@ -149,7 +151,12 @@ def ensure_feature_cache(
         for file in working.iterdir():
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
-        working.rename(target)
+        try:
+            working.rename(target)
+        except OSError:
+            if not (target / "meta.json").is_file():
+                raise
+            shutil.rmtree(working)  # another run was faster
     barrier()
     return FeatureCache(target)
 
