@@ -6,7 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo compare sweep test test-slurm lint clean
+.PHONY: venv demo compare sweep test test-slurm lint clean
+
+venv: $(VENV)/.installed          ## the environment alone
 
 demo: $(VENV)/.installed          ## prepare, pretrain, finetune, evaluate, report (OUT=dir)
 	$(BIN)/python -m train.demo --out $(OUT) --connectors $(CONNECTORS)
@@ -21,6 +23,7 @@ test: $(VENV)/.test-installed     ## all tests
 	$(BIN)/python -m pytest -m "not slurm" $(ARGS)
 
 # Needs Debian's packages slurmctld slurmd slurm-client munge; starts a cluster of two nodes on this machine.
+# ARGS="-m 'slurm and not slow'": the part that CI runs.
 test-slurm: $(VENV)/.test-installed   ## the batch scripts on a real SLURM
 	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 

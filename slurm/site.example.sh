@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Site profile: everything about this cluster, in one place. Copy to slurm/site.sh, edit, and load it before submitting:
 #     cp slurm/site.example.sh slurm/site.sh; source slurm/site.sh
 # The batch scripts load it again on the node. Another file: export VLORA_SITE=FILE.
@@ -13,7 +14,7 @@ export VLORA_CACHE=${VLORA_CACHE:-$PWD/.cache}      # shared by all nodes
 export VLORA_SCRATCH=${VLORA_SCRATCH:-/tmp}         # local to a node, fast: compiled kernels, temporary files
 
 # --- wandb: offline on nodes without internet; upload from a login node with
-#         wandb sync --sync-all RUN_DIR/wandb       (the lifetimes of one run have one id and become one run)
+#         wandb sync RUN_DIR/wandb/offline-run-*     (the lifetimes of one run have one id and become one run)
 export VLORA_WANDB=offline
 
 # --- container: none, apptainer or pyxis

@@ -41,12 +41,12 @@ class Report:
 
 
 def check_devices(report: Report, asked: int) -> None:
-    """GPUs seen = GPUs asked for on this node, and the versions that must agree."""
+    """GPUs seen = GPUs asked for on this node (where any are), and the versions that must agree."""
     import torch
 
     seen = torch.cuda.device_count()
     report.facts |= {"gpus": seen, "torch": torch.__version__}
-    if seen != asked:
+    if asked and seen != asked:  # a job that asks for none may see those of its node
         report.problems.append(
             f"{asked} GPUs were asked for on this node, {seen} are visible (CUDA_VISIBLE_DEVICES="
             f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}); compare `nvidia-smi` on the node, ask for GPUs by "

@@ -10,11 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.types import RunMode
+from omegaconf import DictConfig
 
 from tests.slurm import offline_wandb
 from tests.slurm.cluster import wait
 from tests.slurm.conftest import ROOT, Site, losses
 from train import slurm, sweep_report
+from train.config import resolve
 
 CPU = "ntasks-per-node:1,cpus-per-task:1,gpus-per-node:0,mem:1G,time:30"
 
@@ -43,6 +47,36 @@ def test_render_only(site: Site, tmp_path: Path) -> None:
     )
     groups = {(tmp_path / str(i) / "config.yaml").read_text().count(f"group: {tmp_path.name}") for i in range(2)}
     assert groups == {1}
+
+
+@pytest.mark.parametrize(
+    ("experiment", "key", "values"),
+    [
+        ("ablation_types", "generator.types", ["qkvom", "qkvm", "qkv", "qko", "qk"]),  # paper, Table 3
+        ("ablation_rank", "generator.rank", [16, 32, 64, 128]),  # Table 4
+        ("ablation_blocks", "generator.num_blocks", [4, 8, 12]),  # Table 5
+    ],
+)
+@pytest.mark.parametrize(("scale", "llm"), [("7b", "vicuna_7b"), ("mini", "smollm2_135m")])
+def test_ablations_are_the_papers(experiment: str, key: str, values: list, scale: str, llm: str) -> None:
+    """Sweeps over the tables' points, each of which is a valid run that differs in the one thing."""
+    chosen = [f"experiment={experiment}", *(["scale=mini"] if scale == "mini" else [])]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        sweep = compose("config", chosen, return_hydra_config=True)
+        runs = [resolve(compose("config", [*chosen, f"{key}={value}"])) for value in values]
+    assert sweep.hydra.mode is RunMode.MULTIRUN
+    assert dict(sweep.hydra.sweeper.params) == {key: ",".join(map(str, values))}
+    assert {run.llm.path for run in runs} == {resolve(compose_choice(f"llm={llm}")).llm.path}
+    group, _, name = key.partition(".")
+    assert [str(getattr(getattr(run, group), name)) for run in runs] == [str(value) for value in values]
+    for run in runs:
+        setattr(getattr(run, group), name, values[0])
+    assert all(run == runs[0] for run in runs)
+
+
+def compose_choice(override: str) -> DictConfig:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", [override])
 
 
 @pytest.mark.slow
