@@ -402,4 +402,4 @@ def test_two_runs_make_the_feature_cache_at_once(root, tmp_path):
     first = ensure_feature_cache(tmp_path, splits, PIXELS, interrupted, "v1", "float32", batch_size=7, run="first")
     assert [path.name for path in tmp_path.iterdir()] == [first.folder.name] == [inner[0].folder.name]
     image = splits[1][9].images[0]
-    assert torch.equal(first(image), plain(PIXELS(image)[None])[0]) and torch.equal(inner[0](image), first(image))
+    assert torch.equal(first(image), plain(PIXELS(image))) and torch.equal(inner[0](image), first(image))
