@@ -149,10 +149,17 @@ def main() -> None:
     parser.add_argument("--tokenizer", default=".cache/llm/tiny-llama")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument(
+        "--parts", nargs="+", choices=("json", "prepare", "iterate"), default=("json", "prepare", "iterate")
+    )
     arguments = parser.parse_args()
-    print(json.dumps({"stream_json": stream_json(arguments.out)}), flush=True)
-    print(json.dumps({"prepare": prepare(arguments.out, arguments.samples, arguments.workers)}), flush=True)
-    print(json.dumps({"iterate": iterate(arguments.out, arguments.tokenizer, arguments.steps, arguments.batch_size)}))
+    measure = {
+        "json": lambda: stream_json(arguments.out),
+        "prepare": lambda: prepare(arguments.out, arguments.samples, arguments.workers),
+        "iterate": lambda: iterate(arguments.out, arguments.tokenizer, arguments.steps, arguments.batch_size),
+    }
+    for name in arguments.parts:
+        print(json.dumps({name: measure[name]()}), flush=True)
 
 
 if __name__ == "__main__":

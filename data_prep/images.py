@@ -8,6 +8,7 @@ import warnings
 import zlib
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_prep.errors import Defect
@@ -55,8 +56,8 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         max_pixels: larger images are refused before they are decoded.
 
     Raises:
-        ImageError: empty, not an image, a format that is not read, truncated or corrupt, a decompression bomb, or
-            animated.
+        ImageError: empty, not an image, a format that is not read, truncated or corrupt, a decompression bomb,
+            animated, or of pixels whose range no one knows.
     """
     if not data:
         raise ImageError("image empty")
@@ -84,16 +85,21 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         except Exception as error:  # Pillow's plugins raise nearly anything on broken data
             truncated = "truncated" in str(error).lower() or isinstance(error, EOFError)
             raise ImageError("image truncated" if truncated else "image corrupt", str(error)) from error
+    if image.mode in ("I", "F"):
+        raise ImageError("image without a known white", f"32-bit pixels of mode {image.mode}, from {image.format}")
     return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """``image`` upright (EXIF orientation applied) and in RGB, which drops an alpha channel.
 
-    The conversion is Pillow's, as in the Hugging Face image processors.
+    The conversion is Pillow's, as in the Hugging Face image processors, but for 16-bit grey: Pillow would make
+    everything above 255 white.
     """
     if image.getexif().get(ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 

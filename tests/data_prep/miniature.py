@@ -66,6 +66,7 @@ def bad_images(sound):
         "image corrupt": _broken_png(sound),
         "image bomb": png_bomb(),
         "image animated": _animation(),
+        "image without a known white": encoded(Image.new("F", (20, 20), 0.5), "tiff"),
         "image too small": encoded(Image.new("RGB", (1, 20)), "png"),
         "image file too large": sound + bytes(MAX_BYTES),
     }

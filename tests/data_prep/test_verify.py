@@ -62,6 +62,7 @@ def test_kinds_of_images_are_told_apart():
         image = open_image(data)
         assert tuple(describe(image).values()) == expected
         assert to_rgb(image).mode == "RGB"
+        assert image.mode != "I;16" or np.unique(np.asarray(to_rgb(image))).tolist() == [9000 >> 8]
         assert to_rgb(image).size == ((20, 40) if expected[2] != "upright" else (40, 20))
     samples = [Sample(f"s{n}", [data], [exchange("", "a")], "x") for n, data in enumerate(kinds.values())]
     verifier = Verifier()
