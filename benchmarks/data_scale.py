@@ -1,7 +1,7 @@
 """A million synthetic pairs prepared and gone through in the training order; a JSON file of LLaVA's size streamed.
 
-    python benchmarks/data_scale.py OUT                       # prepares OUT/synthetic (1 GB), unless it is there
-    python benchmarks/data_scale.py OUT --samples 100000
+    python -m benchmarks.data_scale OUT                       # prepares OUT/synthetic (1 GB), unless it is there
+    python -m benchmarks.data_scale OUT --samples 100000
 
 Rates, and the memory of each process, as JSON. The loader is the training loader on the tiny LLM's tokenizer: text
 templates, JPEG decode, batches. The order alone is gone through as well, for a whole epoch. Memory is private
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -69,11 +70,12 @@ def prepare(out: Path, samples: int, workers: int) -> dict:
     with Watch() as watch:
         said = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     seconds = time.perf_counter() - start
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     peaks = {name: value for name, value in watch.peaks.items() if name.startswith("child")}
     return {
         "said": said,
         "seconds": round(seconds, 1),
-        "samples_s": round(samples / seconds),
+        "cpu_s": round(used.ru_utime + used.ru_stime, 1),
         "workers": workers,
         **peaks,
     }
@@ -81,8 +83,6 @@ def prepare(out: Path, samples: int, workers: int) -> dict:
 
 def stream_json(out: Path, records: int = 665_298) -> dict:
     """Plan and read a file as large as LLaVA's mix (1 GB); memory is this process's own, so run it first."""
-    import resource
-
     from data_prep import json_stream
 
     def peak_mb() -> int:
@@ -124,16 +124,16 @@ def iterate(out: Path, tokenizer: str, steps: int, batch_size: int) -> dict:
     with Watch() as watch:
         loaded = memory(os.getpid())
         loader = TrainLoader(config, AutoTokenizer.from_pretrained(tokenizer), image, seed=0, rank=1, world_size=2)
-        start, seen = time.perf_counter(), 0
+        start, seen = time.process_time(), 0
         while seen < loader.epoch_size:
             seen += len(loader.order(seen, min(4096, loader.epoch_size - seen)).sample)
-        order_s = time.perf_counter() - start
-        start = time.perf_counter()
+        order_s = time.process_time() - start
+        start = time.process_time()
         rows = sum(len(batch.input_ids) for _ in range(steps) for batch in next(loader))
-        loader_s = time.perf_counter() - start
+        loader_s = time.process_time() - start
     return {
-        "order_samples_s": round(seen / order_s),
-        "loader_samples_s_per_core": round(rows / loader_s),
+        "order_samples_per_cpu_s": round(seen / order_s),
+        "loader_samples_per_cpu_s": round(rows / loader_s),
         "loader_samples": rows,
         "libraries_private_mb": (loaded.get("RssAnon", 0)) >> 20,
         "libraries_resident_mb": loaded.get("VmRSS", 0) >> 20,

@@ -133,7 +133,9 @@ def prepare(
     """
     options, task = options or Options(), task or Task()
     options.check()
-    made_from = {**source.made_from(), "options": asdict(options), "schema_version": schema.SCHEMA_VERSION}
+    # Not the policy: a shard is the same under any, and accepting more defects afterwards must not make it anew.
+    fixed = {name: value for name, value in asdict(options).items() if name not in ("on_error", "max_drop_fraction")}
+    made_from = {**source.made_from(), "options": fixed, "schema_version": schema.SCHEMA_VERSION}
     key = schema.digest(made_from)
     units = _plan(source, folder, key)
     result = Result()
@@ -157,6 +159,7 @@ def prepare(
     for split, listed in units.items():
         if split not in stale:
             result.manifests[split] = schema.read_manifest(folder / split)
+            _check_drops(result.manifests[split], options)
             continue
         shards = [schema.read_receipt(folder / split, number) for number in range(len(listed))]
         missing = sum(shard is None or shard.made_from != key for shard in shards)
@@ -208,7 +211,7 @@ def make_shard(source: Source, folder: Path, options: Options, key: str, job: tu
                 detail = f" ({dropped.detail})" if dropped.detail else ""
                 raise DataError(
                     f"{folder.name}/{split}: sample {dropped.id}: {dropped.reason}{detail}; "
-                    "correct the source, or leave such samples out with on_error=drop"
+                    "correct the source, or leave such samples out with options.on_error=drop"
                 )
         writer.receipt.statistics = {
             name: dict(sorted(counts.items())) for name, counts in sorted(verifier.statistics.items())
@@ -250,13 +253,15 @@ def _is_finished(folder: Path, number: int, key: str) -> bool:
 def _check_drops(manifest: schema.Manifest, options: Options) -> None:
     dropped = sum(manifest.dropped.values())
     fraction = dropped / max(1, dropped + manifest.samples)
-    if fraction > options.max_drop_fraction:
+    accepted = options.max_drop_fraction if options.on_error == "drop" else 0
+    if fraction > accepted:
         reasons = ", ".join(f"{count} {reason}" for reason, count in manifest.dropped.items())
         first = manifest.dropped_examples[0]
         raise DataError(
             f"{manifest.dataset}/{manifest.split}: {dropped} of {dropped + manifest.samples} records are bad "
-            f"({fraction:.2%}, max_drop_fraction={options.max_drop_fraction}): {reasons}; "
-            f"the first is {first['id']} ({first['reason']}: {first['detail']})"
+            f"({fraction:.2%}, accepted are {accepted:.2%}): {reasons}; "
+            f"the first is {first['id']} ({first['reason']}: {first['detail']}). Correct the source, or accept them: "
+            "options.on_error=drop with a larger options.max_drop_fraction; finished shards are kept"
         )
 
 

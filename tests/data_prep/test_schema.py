@@ -169,9 +169,15 @@ def test_bad_records_fail_or_are_counted(tmp_path):
     assert manifest.samples == 38 and manifest.dropped == {"image missing": 2}
     assert [example["id"] for example in manifest.dropped_examples] == ["s7", "s21"]
     assert "s7" not in [s.id for s in Split(tmp_path / "set" / "train")]
-    with pytest.raises(DataError, match="2 of 40 records are bad .5.00%, max_drop_fraction=0.01.: 2 image missing"):
+    with pytest.raises(DataError, match="2 of 40 records are bad .5.00%, accepted are 1.00%.: 2 image missing"):
         prepare(source, tmp_path / "other", Options(on_error="drop"))
-    assert not (tmp_path / "other" / "train" / schema.MANIFEST).exists()
+    split = tmp_path / "other" / "train"
+    assert not (split / schema.MANIFEST).exists()
+    before = {file: file.stat().st_mtime_ns for file in split.glob("*.arrow")}
+    assert prepare(source, tmp_path / "other", options).made == ["train"]  # accepting more makes nothing anew
+    assert before == {file: file.stat().st_mtime_ns for file in split.glob("*.arrow")}
+    with pytest.raises(DataError, match="2 of 40 records are bad .5.00%, accepted are 0.00%"):
+        prepare(source, tmp_path / "other")
 
 
 def test_duplicates_are_counted(tmp_path):
