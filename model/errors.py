@@ -7,6 +7,10 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from errno import EACCES, EDQUOT, EEXIST, EISDIR, ENAMETOOLONG, ENOENT, ENOSPC, ENOTDIR, EPERM, EROFS
+
+# Operating system errors that come again until someone does something about them. None: raised without a number.
+_LASTING = {None, ENOENT, EEXIST, EACCES, EPERM, ENOTDIR, EISDIR, EROFS, ENOSPC, EDQUOT, ENAMETOOLONG}
 
 
 class UserError(Exception):
@@ -21,8 +25,9 @@ def run_cli(main: Callable[[], int | None]) -> None:
 def report_errors(main: Callable[[], int | None]) -> int:
     """Run `main`; an error that speaks to the user becomes one line on stderr and exit code 2.
 
-    A `ValueError` or `OSError` raised by the model or the data also speaks to the user. Set `VLORA_TRACEBACK=1` for
-    the traceback. Anything else is a bug and shows its traceback.
+    A `ValueError` or `OSError` raised by the model or the data also speaks to the user, but an `OSError` that a new
+    start may cure (a lost connection, a stale file handle, an I/O error) exits with 1. Set `VLORA_TRACEBACK=1` for the
+    traceback. Anything else is a bug and shows its traceback.
     """
     try:
         return main() or 0
@@ -30,7 +35,7 @@ def report_errors(main: Callable[[], int | None]) -> int:
         if os.environ.get("VLORA_TRACEBACK"):
             raise
         _report(" ".join(str(error).split()) or type(error).__name__)
-        return 2
+        return 1 if isinstance(error, OSError) and error.errno not in _LASTING else 2
     except KeyboardInterrupt:
         return 130
 
