@@ -90,11 +90,11 @@ class Site:
         path = self.folder / f"{job}.log"
         return path.read_text() if path.exists() else ""
 
-    def reach(self, run: Path, step: int, timeout: float = 180) -> None:
+    def reach(self, run: Path, step: int, timeout: float = 300) -> None:
         """Wait until a run has done so many steps."""
         assert wait(lambda: last_step(run) >= step, timeout), f"{run} stays at step {last_step(run)}"
 
-    def complete(self, job: str, run: Path, timeout: float = 180) -> Losses:
+    def complete(self, job: str, run: Path, timeout: float = 300) -> Losses:
         """Wait for a job that must succeed; returns (step, loss) of its run."""
         state = self.cluster.finish(job, timeout)
         assert state == "COMPLETED" and (run / "DONE").exists(), f"{state}\n{self.log(job)}"
@@ -141,7 +141,7 @@ def site(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Site:
             f"stage.steps={STEPS}",
             f"checkpoint.every={EVERY}",
             "++tracking.weights_every=1000",
-            "engine.timeout_minutes=2",
+            "engine.timeout_minutes=5",
         ),
     ]
     return Site(cluster, folder, overrides, {"VLORA_SITE": str(profile), "HF_HUB_OFFLINE": "1"})

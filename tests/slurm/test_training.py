@@ -61,7 +61,7 @@ class Interrupted:
         self.site.reach(self.run, last_step(self.run) + 2)
         before = self.restarts()
         yield
-        assert wait(lambda: self.restarts() == before + 1, 120), self.site.log(self.job)
+        assert wait(lambda: self.restarts() == before + 1, 300), self.site.log(self.job)
 
     @contextmanager
     def clean_stop(self, told: str) -> Iterator[None]:
@@ -87,7 +87,7 @@ class Interrupted:
         urgent = ("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null")
         job = self.site.cluster.run(*urgent, "--wrap=sleep 1")
         yield
-        assert self.site.cluster.finish(job, 120) == "COMPLETED"
+        assert self.site.cluster.finish(job, 300) == "COMPLETED"
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ class TestOneRunInterruptedInEveryWay:
         job, run = interrupted.job, interrupted.run
         site.reach(run, last_step(run) + 2)
         site.cluster.run("scancel", job)
-        assert site.cluster.finish(job, 60) == "CANCELLED"
+        assert site.cluster.finish(job, 120) == "CANCELLED"
         assert (run / "STOPPED").exists() and not (run / "DONE").exists()
         assert (run / f"checkpoints/step-{last_step(run):06d}/COMPLETE").exists()
         assert "nothing to do here" in site.log(job) and not (run / "crashes").exists()
@@ -150,7 +150,7 @@ class TestOneRunInterruptedInEveryWay:
         with interrupted.restart():
             (victim,) = [p for p in workers(interrupted.run) if environment(p).get("SLURM_PROCID") == "1"]
             os.kill(victim, signal.SIGKILL)
-            assert wait(lambda: not workers(interrupted.run), 30)
+            assert wait(lambda: not workers(interrupted.run), 60)
         assert len((interrupted.run / "crashes").read_text().splitlines()) == 1
 
     @pytest.mark.slow
