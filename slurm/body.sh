@@ -217,6 +217,6 @@ evaluate() {
 prepare_data() {
     export_environment
     preflight || give_up "preflight found the machine unfit; see above"
-    on_first_node data_prep "$@" "task=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN))/$SLURM_ARRAY_TASK_COUNT" \
-        "workers=${SLURM_CPUS_PER_TASK:-1}"
+    on_first_node data_prep "workers=${SLURM_CPUS_PER_TASK:-1}" "$@" \
+        "task=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN))/$SLURM_ARRAY_TASK_COUNT"
 }
