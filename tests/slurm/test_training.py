@@ -11,6 +11,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,9 @@ class TestOneRunInterruptedInEveryWay:
     def test_time_limit(self, site: Site, interrupted: Interrupted) -> None:
         """--signal of the script's header says how long before the limit SLURM tells the batch shell."""
         with interrupted.clean_stop(told="got SIGUSR1"):
-            site.cluster.run("scontrol", "update", f"JobId={interrupted.job}", "TimeLimit=5")
+            started = datetime.fromisoformat(site.cluster.show(interrupted.job)["StartTime"])
+            limit = (datetime.now() - started).seconds // 60 + 5
+            site.cluster.run("scontrol", "update", f"JobId={interrupted.job}", f"TimeLimit={limit}")
         site.cluster.run("scontrol", "update", f"JobId={interrupted.job}", "TimeLimit=30")
 
     @pytest.mark.slow
