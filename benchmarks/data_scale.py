@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1_000_000)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--tokenizer", default=".cache/llm/tiny-llama")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument(
         "--parts", nargs="+", choices=("json", "prepare", "iterate"), default=("json", "prepare", "iterate")
