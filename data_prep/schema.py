@@ -427,12 +427,19 @@ class Split:
         return reader
 
     def __getitem__(self, position: int) -> Sample:
+        return Sample(**self._read(position, ARROW.names))
+
+    def text(self, position: int) -> Sample:
+        """Sample ``position`` without its images, which are not read."""
+        return Sample(**self._read(position, [name for name in ARROW.names if name != "images"]), images=[])
+
+    def _read(self, position: int, columns: list[str]) -> dict[str, Any]:
         if not 0 <= position < len(self):
             raise IndexError(f"sample {position} of {len(self)}")
         number = self._shard(position)
         at, row = divmod(position - int(self._starts[number]), self.manifest.rows_per_batch)
         batch = self._reader(number).get_batch(at)
-        return Sample(**{name: batch.column(name)[row].as_py() for name in ARROW.names})
+        return {name: batch.column(name)[row].as_py() for name in columns}
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[position] for position in range(len(self)))

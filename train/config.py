@@ -370,6 +370,15 @@ def validate(config: RunConfig) -> None:
         micro is None or (micro > 0 and config.data.batch_size % micro == 0),
         f"engine.micro_batch_size={micro} does not divide data.batch_size={config.data.batch_size}",
     )
+    tokens = config.data.tokens_per_micro_batch
+    check(
+        tokens is None or micro is None,
+        f"engine.micro_batch_size={micro} and data.tokens_per_micro_batch={tokens}: give one, the other null",
+    )
+    check(
+        tokens is None or engine.zero_stage == 3,
+        f"data.tokens_per_micro_batch={tokens}: a changing number of micro-steps needs engine.zero_stage=3",
+    )
     check(
         not (engine.offload_optimizer and optim.name != "deepspeed_cpu_adam"),
         f"engine.offload_optimizer=true needs optim.name=deepspeed_cpu_adam, not {optim.name}",

@@ -215,6 +215,11 @@ class Engine:
         """DeepSpeed's engine, for checkpoints."""
         return self._ds
 
+    def begin_micro_step(self, last: bool) -> None:
+        """Say whether this is the step's last micro-step, where its number changes from step to step; before the
+        forward pass. Without it, each `accumulation` of them make a step."""
+        self._ds.set_gradient_accumulation_boundary(last)
+
     def forward(self, batch: Any) -> Any:
         """The model's forward with ZeRO's hooks around it."""
         return self._ds(batch)

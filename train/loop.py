@@ -122,7 +122,8 @@ class Loop:
             raise UserError(f"step {self.progress.step + 1} has no target token on any rank; look at data.on_too_long")
         lr = engine.learning_rates()
         loss_sum, positions, computed, output = 0.0, 0, 0, None
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
+            engine.begin_micro_step(last=number == len(batches))
             with self.timer.phase("forward"):
                 output = engine.forward(batch.to(device))
             with self.timer.phase("backward"):

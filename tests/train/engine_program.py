@@ -64,10 +64,12 @@ def part(batch: Batch, start: int, stop: int) -> Batch:
     )
 
 
-def step(engine: Engine, batch: Batch, micro_steps: int = 1, then=lambda: None):
+def step(engine: Engine, batch: Batch, micro_steps: int = 1, then=lambda: None, said: bool = False):
     """One optimizer step on this rank's share of a global batch; `then` runs before the weights change."""
     share = 4 // WORLD // micro_steps
     for micro in range(micro_steps):
+        if said:
+            engine.begin_micro_step(last=micro == micro_steps - 1)
         start = (RANK * micro_steps + micro) * share
         output = engine.forward(part(batch, start, start + share))
         engine.backward(output.loss_sum, batch.n_targets)
@@ -127,6 +129,8 @@ TRAJECTORIES = {
                                         "reduce_bucket_size": 3000, "sub_group_size": 2000}),
     "frozen_kept_whole": ("pretrain", DEMO),
     "packed": ("finetune", {"pack_tokens": 10}),
+    # Micro-steps counted out by tokens: another number of them in every step.
+    "by_tokens": ("finetune", {}),
 }  # fmt: skip
 
 
@@ -135,7 +139,7 @@ def trajectories(results: dict) -> None:
     for name, (stage, settings) in TRAJECTORIES.items():
         micro_steps = 4 // WORLD // 2 if WORLD == 1 else 2
         reference = parts.build(parts.config())
-        model, config = copy.deepcopy(reference), configuration(stage, micro=4 // WORLD // micro_steps, clip=0.5)
+        model, config = copy.deepcopy(reference), configuration(stage, clip=0.5)
         config.optim.schedule, config.optim.warmup_ratio = "constant", 0.0
         for key, value in settings.items():
             setattr(model if key == "pack_tokens" else config.engine, key, value)
@@ -146,7 +150,8 @@ def trajectories(results: dict) -> None:
         # A large eps: Adam with the usual one turns rounding in tiny gradients into full steps.
         optimizer = torch.optim.AdamW(trained, lr=1e-2, betas=(0.9, 0.999), eps=1e-3, weight_decay=0.0)
         config.optim.eps = 1e-3
-        engine = Engine(model, config, total_steps=10, accumulation=micro_steps)
+        changing = name == "by_tokens"
+        engine = Engine(model, config, total_steps=10, accumulation=1 if changing else micro_steps)
         norms = []
         text_only = [] if stage == "finetune" else [2]  # a frozen LLM has nothing to learn from text
         for seed, images in enumerate([[0, 1, 2, 3], text_only, [0, 1]]):
@@ -155,7 +160,8 @@ def trajectories(results: dict) -> None:
             (reference(batch).loss_sum / batch.n_targets).backward()
             norm = torch.nn.utils.clip_grad_norm_(trained, 0.5).item()
             optimizer.step()
-            norms.append(abs(step(engine, batch, micro_steps).grad_norm / norm - 1))
+            steps = (2, 1, 4 // WORLD)[seed] if changing else micro_steps
+            norms.append(abs(step(engine, batch, steps, said=changing).grad_norm / norm - 1))
         ours = {n: safe_get_full_fp32_param(p) for n, p in engine.model.named_parameters() if p.requires_grad}
         theirs = {n: p.detach() for n, p in reference.named_parameters() if p.requires_grad}
         results[f"trajectory/{name}/weights"] = max((ours[n] - t).abs().max().item() for n, t in theirs.items())

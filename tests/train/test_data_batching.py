@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from train.data.batching import Batching
+from train.data.batching import Batching, deal_by_tokens
 from train.data.order import MixtureOrder
 
 MILLION = 1_000_000
@@ -92,6 +92,35 @@ def test_ranks_get_equal_work(group_by, world, accumulation):
                 assert np.ptp(length) <= np.ptp(one)
             else:
                 assert np.ptp(images) <= 2 and np.ptp([(sizes(part)[0] > 0).sum() for part in micro]) <= 1
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+@pytest.mark.parametrize("budget", [600, 2500, 100_000])
+def test_micro_batches_bounded_by_tokens(world, budget):
+    rng = np.random.default_rng(world)
+    tokens = np.concatenate([rng.integers(20, 400, 100), rng.integers(100, 1500, 28)])
+    images = np.concatenate([np.ones(100, int), np.zeros(28, int)])
+    dealt = deal_by_tokens(tokens, images, world, budget)
+    assert {len(ranks) for ranks in dealt} == {world}
+    every = np.concatenate([part for ranks in dealt for part in ranks])
+    assert sorted(every.tolist()) == list(range(128))
+    loads = np.array([[tokens[part].sum() for part in ranks] for ranks in dealt])
+    assert loads.max() <= max(budget, tokens.max())
+    seeing = np.array([[images[part].sum() for part in ranks] for ranks in dealt])
+    assert seeing.max() == -(-100 // loads.size)  # an even share
+    if budget == 2500:
+        assert len(dealt) <= -(-tokens.sum() // (world * budget)) + 1
+        assert np.ptp(loads, axis=1).max() < 0.1 * budget
+    again = deal_by_tokens(tokens, images, world, budget)
+    assert [[p.tolist() for p in ranks] for ranks in again] == [[p.tolist() for p in ranks] for ranks in dealt]
+
+
+def test_tokens_of_few_or_dropped_samples():
+    assert [[part.tolist() for part in ranks] for ranks in deal_by_tokens(np.array([5]), np.array([1]), 2, 100)] == [
+        [[0], []]
+    ]
+    dealt = deal_by_tokens(np.zeros(4, int), np.array([1, 1, 0, 0]), 2, 10)
+    assert len(dealt) == 1 and sorted(n for part in dealt[0] for n in part) == [0, 1, 2, 3]
 
 
 def test_bad_configuration():

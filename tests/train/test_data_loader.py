@@ -174,6 +174,27 @@ def test_grouping_shortens_rows(root, tokenizer):
     assert padding("length") < 0.8 * padding("none")
 
 
+def test_tokens_bound_micro_batches_and_change_nothing_else(root, tokenizer):
+    """Every rank has as many micro-batches, none above the budget, and a step holds what it holds without."""
+    plain = TrainLoader(config(root), tokenizer, PIXELS, seed=5)
+    expected = [rows(next(plain)) for _ in range(4)]
+    settings = config(root, tokens_per_micro_batch=45)
+    counts = []
+    for world in (1, 2, 4):
+        ranks = [TrainLoader(settings, tokenizer, PIXELS, 5, rank, world) for rank in range(world)]
+        assert ranks[0].fingerprint == plain.fingerprint
+        for step in range(4):
+            parts = [next(rank) for rank in ranks]
+            assert len({len(part) for part in parts}) == 1
+            assert max(int(batch.attention_mask.sum()) for part in parts for batch in part) <= 45
+            empty = ([], b"")
+            found = [row for part in parts for batch in part if batch.n_targets for row in rows([batch])]
+            assert sorted(row for row in found if row != empty) == sorted(expected[step])
+            counts.append((world, len(parts[0])))
+    assert len({count for world, count in counts if world == 1}) > 1  # it follows from the tokens
+    assert max(count for world, count in counts if world == 4) < min(count for world, count in counts if world == 1)
+
+
 @pytest.fixture
 def damaged(tmp_path):
     """Three shards of 30 samples, the middle one damaged in its last record."""
@@ -313,6 +334,7 @@ def test_too_long_fails_or_is_counted(root, tokenizer):
         ({"on_too_long": "cut"}, "on_too_long=cut"),
         ({"dialogues_per_sample": 0}, "dialogues_per_sample=0"),
         ({"group_by": "size"}, "data.group_by=size: choose none, length, length_modality"),
+        ({"tokens_per_micro_batch": 0}, "data.tokens_per_micro_batch=0"),
         ({"group_window": 0}, "data.group_window=0"),
         ({"on_corrupt_shard": "skip"}, "on_corrupt_shard=skip: choose fail or drop"),
     ],

@@ -104,3 +104,41 @@ class Batching:
             batches = [batch[np.lexsort((-length[batch], -images[batch]))] for batch in batches]
         shuffled = Permutation(steps, self.seed, 6, first)(np.arange(steps))
         return [draws.take(batches[number]) for number in shuffled]
+
+
+def deal_by_tokens(tokens: np.ndarray, images: np.ndarray, world_size: int, budget: int) -> list[list[np.ndarray]]:
+    """Micro-batches of a step that are bounded by tokens in place of samples.
+
+    All ranks get the same number of micro-batches, as few as fit: a function of the whole step, which every rank works
+    out alike. Longest sample first, each goes to the emptiest micro-batch; those with images only where there are not
+    yet as many as an even share, so that no rank's encoder has more to do than that.
+
+    Args:
+        tokens: [n], of the samples of a step.
+        images: [n], of the same.
+        world_size: ranks.
+        budget: tokens of a micro-batch at most; more only where one sample has more.
+
+    Returns:
+        Per micro-step, fullest first, per rank: which samples, ascending.
+    """
+    limit = max(budget, int(tokens.max(initial=0)))
+    steps = max(1, -(-int(tokens.sum()) // (world_size * budget)))
+    while True:
+        bins: list[list[int]] = [[] for _ in range(world_size * steps)]
+        loads, seeing = np.zeros(len(bins), np.int64), np.zeros(len(bins), np.int64)
+        share = -(-int((images > 0).sum()) // len(bins))
+        for sample in np.argsort(-tokens, kind="stable"):
+            sees = images[sample] > 0
+            number = int(np.argmin(np.where(seeing < share, loads, np.iinfo(np.int64).max) if sees else loads))
+            bins[number].append(int(sample))
+            loads[number] += tokens[sample]
+            seeing[number] += sees
+        if loads.max() <= limit:
+            break
+        steps += 1
+    ranked = sorted(range(len(bins)), key=lambda number: (-loads[number], number))
+    return [
+        [np.sort(np.array(bins[number], np.int64)) for number in ranked[start : start + world_size]]
+        for start in range(0, len(bins), world_size)
+    ]

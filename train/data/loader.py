@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from data_prep.errors import CorruptShardError, DataError
-from data_prep.schema import Split, digest
+from data_prep.schema import Sample, Split, digest
 from data_prep.templates import Encoded, TextEncoder
 from model.batch import IGNORE, Batch
-from train.data.batching import Batching
+from train.data.batching import Batching, deal_by_tokens
 from train.data.collate import ImageInput, Piece, Text, collate, dummy_image, encode_sample
 from train.data.config import DataConfig
 from train.data.order import Draws, MixtureOrder, Permutation, draw_dialogues
@@ -106,11 +106,11 @@ class _Steps(Dataset):
         multiple, pad_id = self.config.pad_to_multiple, self.text.dialogue.pad_id
         batches, dropped, corrupt = [], 0, {}
         try:
-            for draws in self.batching.deal(self.batching.step(step), *self.place):
+            for draws in self._deal(self.batching.step(step)):
                 pieces = []
-                for source, sample, epoch in zip(draws.source, draws.sample, draws.epoch, strict=True):
+                for source, sample, epoch in draws:
                     try:
-                        piece, cut = self._piece(int(source), int(sample), int(epoch))
+                        piece, cut = self._encode(self.splits[source][sample], source, sample, epoch)
                     except CorruptShardError as error:
                         if self.config.on_corrupt_shard == "fail":
                             raise
@@ -124,9 +124,27 @@ class _Steps(Dataset):
             return _Step([], error=str(error))
         return _Step(batches, dropped, tuple(corrupt.values()))
 
-    def _piece(self, source: int, sample: int, epoch: int) -> tuple[Piece, int]:
+    def _deal(self, draws: Draws) -> list[Draws]:
+        budget = self.config.tokens_per_micro_batch
+        if budget is None:
+            return self.batching.deal(draws, *self.place)
+        images, _ = self.batching.sizes(draws)
+        tokens = np.array([self._tokens(*draw) for draw in draws])
+        rank, world_size, _ = self.place
+        return [draws.take(ranks[rank]) for ranks in deal_by_tokens(tokens, images, world_size, budget)]
+
+    def _tokens(self, source: int, sample: int, epoch: int) -> int:
+        """Of a sample that may be another rank's, so its images are not read; 0 where its shard is left out."""
+        try:
+            piece, _ = self._encode(self.splits[source].text(sample), source, sample, epoch)
+        except CorruptShardError:
+            if self.config.on_corrupt_shard == "fail":
+                raise
+            return 0
+        return sum(len(row.input_ids) for row in piece.rows)
+
+    def _encode(self, content: Sample, source: int, sample: int, epoch: int) -> tuple[Piece, int]:
         split = self.splits[source]
-        content = split[sample]
         wanted = self.config.dialogues_per_sample
         chosen = draw_dialogues(len(content.conversations), wanted, self.seed, source, sample, epoch)
         return encode_sample(self.text, content, chosen, f"{split.shard_of(sample)}: sample {content.id}")
@@ -157,7 +175,8 @@ class TrainLoader:
         image: pixels or cached features.
         seed: of the run.
         rank, world_size: of the process group.
-        accumulation: micro-batches per step and rank.
+        accumulation: micro-batches per step and rank; with ``data.tokens_per_micro_batch`` each step has as many as its
+            tokens need, the same number on all ranks.
 
     Attributes:
         dropped: dialogues left out as too long since this process started.
@@ -186,6 +205,8 @@ class TrainLoader:
             )
         if config.dialogues_per_sample is not None and config.dialogues_per_sample < 1:
             raise DataError(f"data.dialogues_per_sample={config.dialogues_per_sample}: at least 1, or null for all")
+        if config.tokens_per_micro_batch is not None and config.tokens_per_micro_batch < 1:
+            raise DataError(f"data.tokens_per_micro_batch={config.tokens_per_micro_batch}: at least 1, or null")
         if config.on_corrupt_shard not in ("fail", "drop"):
             raise DataError(f"data.on_corrupt_shard={config.on_corrupt_shard}: choose fail or drop")
         self.config = config

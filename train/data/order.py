@@ -7,6 +7,7 @@ stored (30 million samples would otherwise cost every rank 240 MB, and numpy's s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,6 +70,9 @@ class Draws:
     source: np.ndarray
     sample: np.ndarray
     epoch: np.ndarray
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        return zip(self.source.tolist(), self.sample.tolist(), self.epoch.tolist(), strict=True)
 
     def take(self, where: np.ndarray | slice) -> Draws:
         """Some of them."""
