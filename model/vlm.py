@@ -14,6 +14,7 @@ from model.config import ModelConfig
 from model.connectors import Conditioning, Connector, build_connector
 from model.injection import inject, pinned
 from model.loading import build_llm
+from model.loss import attach_loss
 from model.packing import Packing
 from model.placement import Placement, place
 from model.vision import VisionEncoder, build_vision
@@ -25,7 +26,7 @@ class Output:
     """What a training step needs.
 
     Attributes:
-        loss_sum: Cross-entropy summed over the supervised tokens, nats, fp32 scalar.
+        loss_sum: Cross-entropy summed over the supervised tokens, nats; scalar, at least fp32.
         n_targets: How many those were.
         weights: The perceptual weights used (connector `vlora`), for logging.
         positions: Positions the decoder computed, padding included.
@@ -60,6 +61,7 @@ class VisionLanguageModel(nn.Module):
         super().__init__()
         self.vision, self.connector, self.llm = vision, connector, llm
         self.placement, self.pack_tokens = placement, pack_tokens
+        attach_loss(llm)
 
     def encode(self, images: Tensor) -> Tensor:
         """Pixels [I, 3, H, W] -> features [I, P, V]; cached features pass through."""
@@ -74,8 +76,9 @@ class VisionLanguageModel(nn.Module):
     def forward(self, batch: Batch) -> Output:
         """Summed loss over the batch's targets.
 
-        Only supervised positions are projected to the vocabulary: captions and answers are short, the vocabulary is
-        not. A rank whose rows were all dropped runs the same modules for a loss of zero.
+        Only supervised positions are projected to the vocabulary, a chunk of them at a time (`model.loss`): captions
+        and answers are short, the vocabulary is not. A rank whose rows were all dropped runs the same modules for a
+        loss of zero.
         """
         conditioning = self.condition(batch)
         inputs, offset = self._llm_inputs(batch, conditioning)
@@ -89,7 +92,7 @@ class VisionLanguageModel(nn.Module):
             hidden = hidden[:, offset:][:, :-1][supervised]
         else:
             hidden = hidden.flatten(0, 1)[packing.target[:, offset:][:, :-1][supervised]]
-        loss = nn.functional.cross_entropy(self._logits(hidden).float(), targets[supervised], reduction="sum")
+        loss = self.llm.get_output_embeddings()(hidden, targets[supervised])
         return Output(loss, int(supervised.sum()), conditioning.weights, positions, tokens)
 
     def _pack(self, inputs: dict, batch: Batch) -> Packing:
@@ -105,6 +108,16 @@ class VisionLanguageModel(nn.Module):
         if "perceptual_weights" in inputs:
             inputs["perceptual_weights"] = inputs["perceptual_weights"].for_rows(packing.rows(batch.rows))
         return packing
+
+    def checkpoint_layers(self) -> None:
+        """Keep only the inputs of the decoder layers for the backward pass and recompute the rest.
+
+        Non-reentrant: the reentrant form gives the generator zero gradients without a word.
+        """
+        self.llm.activation_checkpointing_enable({"use_reentrant": False})
+        # transformers makes the embeddings' output require a gradient, which only the reentrant form needs: a frozen
+        # LLM would be run backwards below the first placed layer too, for a gradient that nobody reads.
+        self.llm.disable_input_require_grads()
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, pad_token_id: int, eos_token_id: int) -> Tensor:
@@ -142,11 +155,6 @@ class VisionLanguageModel(nn.Module):
             "position_ids": _positions(mask),
         }
         return inputs, tokens.shape[1]
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits = self.llm.get_output_embeddings()(hidden)
-        cap = getattr(self.llm.config.get_text_config(), "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def _positions(mask: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ from train.distributed import quiet
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
 
 
-def check_model(config: configuration.RunConfig) -> str:
-    """Build the model on the meta device and return its table.
+def check_model(config: configuration.RunConfig, workers: int) -> str:
+    """Build the model on the meta device and return its table; with `check=true` also the memory plan.
 
     Raises:
         ValueError: sizes that do not fit the parts.
@@ -40,7 +40,27 @@ def check_model(config: configuration.RunConfig) -> str:
 
     model = build_model(config.model, torch.bfloat16, meta=True)
     freeze(model, config.stage)
-    return describe(model)
+    table = describe(model)
+    return f"{table}\n\n{plan_memory(config, workers)}" if config.check else table
+
+
+def plan_memory(config: configuration.RunConfig, workers: int) -> str:
+    """The memory plan of a rank as text; lengths from the data where tokenizer and data are here."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from train import memory
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.llm.path)
+    except (OSError, ValueError):
+        tokenizer = None
+    share = config.data.batch_size // workers // configuration.accumulation(config, workers)
+    load = memory.workload(config, tokenizer, share)
+    # A local run is on this machine's GPUs or, without any, in its memory.
+    local = torch.device("cuda" if torch.cuda.is_available() else "cpu") if config.launch.mode == "local" else None
+    limit = memory.available(config, local, workers)
+    return memory.describe(config, workers, load, memory.plan(config, workers, load), limit)
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
@@ -56,7 +76,7 @@ def run(composed: DictConfig) -> int:
     quiet()
     workers = launch.worker_count(config)
     configuration.accumulation(config, workers)
-    table = check_model(config)
+    table = check_model(config, workers)
     if config.check:
         print(table)
         return 0

@@ -120,7 +120,9 @@ class EngineConfig:
         zero_stage: 0 to 3.
         precision: `fp32` or `bf16` (fp32 master weights and gradient accumulation).
         micro_batch_size: Samples per rank and forward pass; null: the rank's whole share of the batch.
-        gradient_checkpointing: Recompute the decoder layers in the backward pass (non-reentrant).
+        gradient_checkpointing: Recompute the decoder layers in the backward pass (non-reentrant): `true`, `false`, or
+            `auto`: where the estimate of `train.memory` says that a step does not fit without (docs/performance.md).
+        memory_gib: Memory of one rank, for `auto`; null: the GPU's, or the host's divided by its ranks.
         overlap_comm, reduce_bucket_size, prefetch_bucket_size, persistence_threshold, max_live_parameters,
             sub_group_size: ZeRO-3's settings of these names; sizes in elements.
         reduce_scatter: Reduce gradients by reduce-scatter; false: by all-reduce, each rank keeping its part.
@@ -133,7 +135,8 @@ class EngineConfig:
     zero_stage: int = 3
     precision: str = "bf16"
     micro_batch_size: int | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Any = False
+    memory_gib: float | None = None
     overlap_comm: bool = True
     reduce_scatter: bool = True
     reduce_bucket_size: int = 50_000_000
@@ -319,11 +322,12 @@ def validate(config: RunConfig) -> None:
         if not ok:
             raise ConfigError(message)
 
-    def one_of(key: str, value: Any, choices: tuple[str, ...]) -> None:
-        if value not in choices:
-            near = difflib.get_close_matches(str(value), choices, n=1)
+    def one_of(key: str, value: Any, choices: tuple[Any, ...]) -> None:
+        if value not in choices or isinstance(value, int) != isinstance(value, bool):  # 1 is not true
+            known = [str(c).lower() if isinstance(c, bool) else c for c in choices]
+            near = difflib.get_close_matches(str(value), known, n=1)
             raise ConfigError(
-                f"{key}={value}: choose one of {', '.join(choices)}" + (f"; did you mean {near[0]}?" if near else "")
+                f"{key}={value}: choose one of {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else "")
             )
 
     stage, engine, optim, generator = config.stage, config.engine, config.optim, config.generator
@@ -336,6 +340,8 @@ def validate(config: RunConfig) -> None:
     one_of("connector.name", config.connector.name, ("vlora", "mlp", "qformer"))
     one_of("generator.init", generator.init, ("paper", "stable"))
     one_of("ops.backend", config.ops.backend, BACKENDS)
+    one_of("engine.gradient_checkpointing", engine.gradient_checkpointing, (True, False, "auto"))
+    check(engine.memory_gib is None or engine.memory_gib > 0, f"engine.memory_gib={engine.memory_gib}: must be above 0")
     check(engine.zero_stage in (0, 1, 2, 3), f"engine.zero_stage={engine.zero_stage}: choose 0, 1, 2 or 3")
     try:
         parse_types(generator.types)

@@ -86,12 +86,17 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def local_world_size() -> int:
+    """Ranks on this machine; 1 where the launcher does not tell."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def reduce(values: list[float], device: torch.device, op: str = "sum") -> list[float]:
-    """All-reduce a few numbers in fp64."""
+    """All-reduce a few numbers in fp64; `op` is sum, max or min."""
     if world_size() == 1:
         return list(values)
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
+    dist.all_reduce(tensor, op=getattr(dist.ReduceOp, op.upper()))
     return tensor.tolist()
 
 

@@ -166,8 +166,7 @@ class Engine:
         self.config, self.accumulation = config, accumulation
         world = torch.distributed.get_world_size()
         if config.engine.gradient_checkpointing:
-            # Reentrant checkpointing gives the generator zero gradients without a word; never offered.
-            model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.checkpoint_layers()
         groups = parameter_groups(model, config.optim)
         factor = schedule(config.optim, total_steps)
         buffers = {name: buffer.clone() for name, buffer in model.connector.named_buffers()}

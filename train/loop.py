@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -221,9 +222,14 @@ class Loop:
         flops = self.flops.step(rows, tokens, targets, images).total
         world = distributed.world_size()
         rss = psutil.Process().memory_info().rss / 2**30
+        host_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
-        rss, peak = distributed.reduce([rss, peak], device, "max")
-        records = {"tflops_per_s_per_rank": flops / seconds / world / 1e12, "memory/host_gib": rss}
+        rss, host_peak, peak = distributed.reduce([rss, host_peak, peak], device, "max")
+        records = {
+            "tflops_per_s_per_rank": flops / seconds / world / 1e12,
+            "memory/host_gib": rss,
+            "memory/host_peak_gib": host_peak,
+        }
         if device.type == "cuda":
             records["memory/device_peak_gib"] = peak
         if (limit := peak_flops(device)) is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from model.ops import set_backend
 from model.vision import build_vision
 from model.vlm import VisionLanguageModel, build_model
 from model.weights import base_norms
-from train import checkpoint, distributed, samples
+from train import checkpoint, distributed, memory, samples
 from train.checkpoint import Progress
 from train.config import DTYPES, RunConfig, accumulation
 from train.data import EvalLoader, TrainLoader, ensure_feature_cache, load_preprocessor, make_text, open_split
@@ -66,6 +66,7 @@ def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: Stop
     identity["data"] = loader.fingerprint
     total_steps = config.stage.steps or max(1, loader.batching.steps(config.stage.epochs))
 
+    config = _settle_checkpointing(config, world, micro_steps, tokenizer, device)
     model = _build(config, world, micro_steps, vision)
     if config.init_from is not None:
         load_connector(model.connector, Path(config.init_from), config.model, identity)
@@ -87,6 +88,7 @@ def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: Stop
         "total_steps": total_steps,
         "accumulation": micro_steps,
         "ops_backend": backend,
+        "gradient_checkpointing": config.engine.gradient_checkpointing,
         "vision_features_cached": config.vision.cache,
         "parameters": counts,
         "identity": identity,
@@ -134,6 +136,22 @@ def _seed(config: RunConfig) -> None:
     torch.manual_seed(config.seed)
     if config.engine.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+
+
+def _settle_checkpointing(
+    config: RunConfig, world: int, micro_steps: int, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> RunConfig:
+    """`engine.gradient_checkpointing=auto` becomes true or false, the same on all ranks. Collective."""
+    if config.engine.gradient_checkpointing != "auto":
+        return config
+    load = memory.workload(config, tokenizer, config.data.batch_size // world // micro_steps)
+    limit = memory.available(config, device, distributed.local_world_size())
+    (limit,) = distributed.reduce([float(limit)], device, "min")
+    plan = memory.plan(config, world, load)
+    if distributed.rank() == 0:
+        print(memory.describe(config, world, load, plan, int(limit)), flush=True)
+    chosen = replace(config.engine, gradient_checkpointing=plan.needs_checkpointing(int(limit)))
+    return replace(config, engine=chosen)
 
 
 def _build(config: RunConfig, world: int, micro_steps: int, vision: torch.nn.Module | None) -> VisionLanguageModel:

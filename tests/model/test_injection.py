@@ -65,7 +65,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     for checkpointing in (False, True):
         model = parts.build(parts.config()).train()
         if checkpointing:
-            model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.checkpoint_layers()
         model(parts.batch(rows=[0, 1, 1], images=[0, 1])).loss_sum.backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
@@ -125,6 +125,22 @@ def test_compiled_layers_give_the_same_loss_and_gradients(name):
         found.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", parts.DECODERS)
+def test_a_frozen_llm_has_no_graph_below_the_first_placed_layer(name, checkpointing):
+    model = parts.build(parts.config(layers=[2, 3], every=None), name).train()
+    model.llm.requires_grad_(False)
+    model.vision.requires_grad_(False)
+    if checkpointing:
+        model.checkpoint_layers()
+    graph = {}
+    for number, layer in enumerate(decoder_layers(model.llm)):
+        layer.register_forward_hook(lambda _, __, out, n=number: graph.update({n: out.requires_grad}))
+    model.vision.register_forward_hook(lambda _, __, out: graph.update(vision=out.requires_grad))
+    model(parts.batch(rows=[0, 1], images=[0, 1])).loss_sum.backward()
+    assert graph == {"vision": False, 0: False, 1: False, 2: True, 3: True}
 
 
 def test_pinned_weights_hold_inside_the_block_only():

@@ -11,8 +11,10 @@ import sys
 import torch
 from torch import nn
 
+from model import loss
 from model.batch import Batch
 from model.errors import UserError
+from model.placement import decoder_layers
 from tests.model import parts
 from train import distributed
 from train.config import RunConfig, StageConfig, TrainedParts
@@ -24,6 +26,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad  # noqa
 
 RANK, WORLD = distributed.rank(), distributed.world_size()
 torch.set_num_threads(1)
+loss.CHUNK_LOGITS = 3 * parts.VOCABULARY  # ranks differ in the number of chunks of their loss
 
 
 def configuration(stage: str, checkpointing: bool = False, micro: int | None = None, clip: float = 0.0) -> RunConfig:
@@ -189,6 +192,37 @@ def frozen_parts_stay(results: dict) -> None:
     engine.deepspeed.destroy()
 
 
+def graph_start(results: dict, checkpointing: bool = False) -> None:
+    """Pretraining: nothing below the first placed layer has a graph or is gathered for the backward pass."""
+    model, config = parts.build(parts.config()), configuration("pretrain", checkpointing)
+    freeze(model, config.stage)
+    engine = Engine(model, config, total_steps=10, accumulation=1)
+    names = {module: name for name, module in engine.model.named_modules()}
+    graph: dict[str, bool] = {}
+    for name, module in {"vision": model.vision, **dict(enumerate(decoder_layers(model.llm)))}.items():
+        module.register_forward_hook(lambda _, __, out, name=name: graph.update({str(name): out.requires_grad}))
+    batch = part(global_batch([0, 1, 2, 3], 0), 4 // WORLD * RANK, 4 // WORLD * (RANK + 1))
+    fetched: set[str] = set()
+    for _ in range(2):  # the first step records ZeRO's trace, the second prefetches along it
+        coordinator = engine.deepspeed.optimizer.parameter_offload.get_param_coordinator()
+        fetch, output = coordinator.fetch_sub_module, engine.forward(batch)
+
+        def watched(module, forward, fetch=fetch):
+            fetched.add(names.get(module, ""))
+            fetch(module, forward)
+
+        coordinator.fetch_sub_module = watched
+        engine.backward(output.loss_sum, batch.n_targets * WORLD)
+        coordinator.fetch_sub_module = fetch
+        engine.micro_step()
+    results[f"graph/{checkpointing}"], results[f"fetched/{checkpointing}"] = graph, sorted(fetched)
+    engine.deepspeed.destroy()
+
+
+def graph_start_with_checkpointing(results: dict) -> None:
+    graph_start(results, checkpointing=True)
+
+
 class _Sometimes(nn.Module):
     """Parts named like ours; the connector takes part only when told to."""
 
@@ -246,7 +280,13 @@ def nan_steps(results: dict) -> None:
 
 def main() -> None:
     results: dict = {"world": WORLD}
-    for case in (gradient_equality, trajectories, frozen_parts_stay, stale_gradients, nan_steps):
+    cases = (
+        gradient_equality, trajectories, frozen_parts_stay, graph_start, graph_start_with_checkpointing,
+        stale_gradients, nan_steps,
+    )  # fmt: skip
+    for case in cases:
+        if sys.argv[1:] and case.__name__ not in sys.argv[1:]:  # named on the command line: only those
+            continue
         case(results)
     if RANK == 0:
         print("RESULTS " + json.dumps(results), flush=True)

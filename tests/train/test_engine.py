@@ -45,6 +45,16 @@ def test_pretraining_leaves_llm_and_vision_bit_identical(results):
     assert results["frozen_bit_identical"] and results["connector_moved"]
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_pretraining_has_no_graph_below_the_first_placed_layer(results, checkpointing):
+    """Placed are layers 1 and 3 of four: no backward through layer 0, the embeddings and the vision encoder."""
+    expected = {"vision": False, "0": False, "1": True, "2": True, "3": True}
+    assert results[f"graph/{checkpointing}"] == expected
+    fetched = results[f"fetched/{checkpointing}"]
+    assert not [name for name in fetched if name.startswith(("llm.model.layers.0", "llm.model.embed", "vision"))]
+    assert any(name.startswith("llm.model.layers.1.") for name in fetched)  # the watch does see gathers
+
+
 def test_a_parameter_unused_in_a_step_keeps_no_stale_gradient(results):
     assert results["stale"] < 1e-6
 
