@@ -8,6 +8,9 @@ from typing import Any
 WEIGHT_TYPES = ("q", "k", "v", "o", "gate", "up", "down", "m")
 """Projections a delta can be added to; `m` is the released code's path parallel to the whole MLP."""
 
+ATTENTION = ("eager", "sdpa", "flash_attention_2")
+KERNELS = ("auto", "transformers", "torch", "liger", "apex")
+
 
 @dataclass
 class LLMConfig:
@@ -15,7 +18,11 @@ class LLMConfig:
 
     Attributes:
         path: Hugging Face name or local folder.
-        attn_implementation: `eager`, `sdpa` or `flash_attention_2`, as transformers names them.
+        attn_implementation: `eager`, `sdpa` or `flash_attention_2` (GPU, bf16, needs the package flash_attn), as
+            transformers names them.
+        kernels: RMSNorm, rotary embedding and loss: `transformers` (its own modules), `torch` (`rms_norm`, one kernel
+            on a GPU), `liger` (all three, GPU), `apex` (NVIDIA's norm, GPU), or `auto`: on a GPU the first that is
+            installed of liger, apex, torch; on a CPU transformers.
         architecture: The Hugging Face config of the expected model, as a dictionary with `model_type`. Lets the model
             be built on the meta device without its weights; weights of another shape are refused.
         pack_tokens: Train without padding: the dialogues of a micro-batch stand end to end in rows of at most so many
@@ -24,6 +31,7 @@ class LLMConfig:
 
     path: str = "???"
     attn_implementation: str = "sdpa"
+    kernels: str = "auto"
     pack_tokens: int | None = None
     architecture: dict[str, Any] | None = None
 

@@ -91,6 +91,9 @@ def load_pretrained(
 
 def build_llm(config: LLMConfig, dtype: torch.dtype, meta: bool = False) -> PreTrainedModel:
     """The causal language model, caching off (training) and sampling defaults removed (evaluation is greedy)."""
+    attention = config.attn_implementation
+    if meta and attention == "flash_attention_2":  # shapes do not depend on it, and its package may be elsewhere
+        attention = "sdpa"
     llm = load_pretrained(
         AutoModelForCausalLM,
         "llm",
@@ -98,7 +101,7 @@ def build_llm(config: LLMConfig, dtype: torch.dtype, meta: bool = False) -> PreT
         config.architecture,
         dtype,
         meta=meta,
-        attn_implementation=config.attn_implementation,
+        attn_implementation=attention,
     )
     llm.config.use_cache = False
     llm.generation_config.do_sample = False

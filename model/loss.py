@@ -129,12 +129,16 @@ def linear_cross_entropy(
 class _LossHead(nn.Module):
     """Mixin in front of the head's class: with targets its forward returns their loss in place of logits.
 
+    `_fused_loss`, set by `model.kernels`, takes the place of `linear_cross_entropy`.
+
     One call of one module whatever the number of chunks, so that under ZeRO-3 every rank gathers the weight once.
     """
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
         if targets is None:
             return super().forward(hidden)
+        if self._fused_loss is not None and len(targets):
+            return self._fused_loss(hidden, self.weight, targets, self.bias, softcap=self._softcap)
         return linear_cross_entropy(hidden, self.weight, targets, self.bias, self._softcap)
 
 
@@ -154,4 +158,5 @@ def attach_loss(llm: nn.Module) -> None:
     if type(head) is not nn.Linear:
         raise ValueError(f"the language model's head is a {type(head).__name__}; a plain nn.Linear is needed")
     head._softcap = getattr(llm.config.get_text_config(), "final_logit_softcapping", None)
+    head._fused_loss = None
     head.__class__ = _LinearLossHead

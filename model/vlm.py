@@ -13,6 +13,7 @@ from model.batch import IGNORE, Batch
 from model.config import ModelConfig
 from model.connectors import Conditioning, Connector, build_connector
 from model.injection import inject, pinned
+from model.kernels import resolve_kernels, use_kernels
 from model.loading import build_llm
 from model.loss import attach_loss
 from model.packing import Packing
@@ -189,4 +190,7 @@ def build_model(
         connector = build_connector(config, placement, sizes.num_patches, sizes.feature_width, hidden_size)
     if placement is not None:
         inject(llm, placement)
-    return VisionLanguageModel(encoder, connector, llm, placement, config.llm.pack_tokens)
+    model = VisionLanguageModel(encoder, connector, llm, placement, config.llm.pack_tokens)
+    if not meta:
+        use_kernels(llm, resolve_kernels(config.llm.kernels, torch.cuda.is_available()))
+    return model

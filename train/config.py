@@ -6,6 +6,7 @@ Hydra composes `conf/`; `resolve` turns the result into a `RunConfig`. Workers r
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from model.config import (
+    ATTENTION,
+    KERNELS,
     ConnectorConfig,
     GeneratorConfig,
     LLMConfig,
@@ -26,6 +29,7 @@ from model.config import (
     parse_types,
 )
 from model.errors import UserError
+from model.kernels import check_kernels, require_nvidia_apex
 from model.ops import BACKENDS
 from train.data import DataConfig
 
@@ -390,26 +394,19 @@ def validate(config: RunConfig) -> None:
         f"engine.offload_optimizer=true needs optim.name=deepspeed_cpu_adam, not {optim.name}",
     )
     check(config.checkpoint.keep >= 1, f"checkpoint.keep={config.checkpoint.keep}: keep at least one")
+    one_of("llm.attn_implementation", config.llm.attn_implementation, ATTENTION)
+    one_of("llm.kernels", config.llm.kernels, KERNELS)
+    check(config.llm.pack_tokens is None or config.llm.pack_tokens > 0, "llm.pack_tokens must be above 0")
+    if config.llm.attn_implementation == "flash_attention_2":
+        check(engine.precision == "bf16", "llm.attn_implementation=flash_attention_2 needs engine.precision=bf16")
+        if importlib.util.find_spec("flash_attn") is None:
+            raise ConfigError(
+                "llm.attn_implementation=flash_attention_2: the package flash_attn is not installed; install it on the "
+                "GPU machine (pip install flash-attn --no-build-isolation), or set llm.attn_implementation=sdpa"
+            )
+    check_kernels(config.llm.kernels)
     if optim.name == "apex_fused_adam":
-        require_nvidia_apex()
-
-
-def require_nvidia_apex() -> None:
-    """Check that `apex` is NVIDIA's.
-
-    Raises:
-        ConfigError: apex is missing, or is the unrelated PyPI package of that name.
-    """
-    import importlib.util
-
-    how = "build NVIDIA apex from its repository (README, 'NVIDIA apex'), or set optim.name=adamw"
-    if importlib.util.find_spec("apex") is None:
-        raise ConfigError(f"optim.name=apex_fused_adam: apex is not installed; {how}")
-    if importlib.util.find_spec("apex.optimizers") is None:
-        raise ConfigError(
-            "optim.name=apex_fused_adam: the installed package `apex` is an unrelated one from PyPI, not NVIDIA apex; "
-            f"`pip uninstall apex`, then {how}"
-        )
+        require_nvidia_apex("optim.name=apex_fused_adam", "optim.name=adamw")
 
 
 def accumulation(config: RunConfig, world_size: int) -> int:

@@ -1,5 +1,6 @@
 """Every YAML of conf/ composes and validates; errors name key, nearest key and remedy."""
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from model.errors import UserError
+from model.kernels import require_nvidia_apex
 from train import config as configuration
 from train.config import ConfigError, RunConfig, accumulation, explain, resolve
 
@@ -60,6 +63,12 @@ def test_a_saved_configuration_loads_as_it_was(tmp_path):
         ("engine.offload_optimizer=true", r"needs optim\.name=deepspeed_cpu_adam"),
         ("stage=finetune", r"stage=finetune needs init_from="),
         ("stage.train.vision=true", r"vision\.cache=true reads features of a frozen encoder"),
+        ("llm.kernels=ligre", r"llm\.kernels=ligre: choose one of auto, .*did you mean liger\?"),
+        ("llm.attn_implementation=sdp", r"choose one of eager, sdpa, flash_attention_2; did you mean sdpa\?"),
+        ("llm.attn_implementation=flash_attention_2", r"needs engine\.precision=bf16"),
+        ("engine.gradient_checkpointing=maybe", r"gradient_checkpointing=maybe: choose one of true, false, auto"),
+        ("engine.gradient_checkpointing=1", r"gradient_checkpointing=1: choose one of true, false, auto"),
+        ("engine.memory_gib=0", r"engine\.memory_gib=0.*above 0"),
         ("engine.zero_stage=auto", r"`engine\.zero_stage`.*auto"),
     ],
 )
@@ -67,6 +76,18 @@ def test_mistakes_are_named(override, message):
     with pytest.raises(ConfigError, match=message) as caught:
         composed(override)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash_attn is installed")
+def test_flash_attention_without_its_package_is_refused_before_anything_is_loaded():
+    with pytest.raises(ConfigError, match=r"flash_attn is not installed.*llm\.attn_implementation=sdpa"):
+        composed("llm.attn_implementation=flash_attention_2", "engine.precision=bf16")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is not None, reason="liger_kernel is installed")
+def test_kernels_without_their_package_are_refused_before_anything_is_loaded():
+    with pytest.raises(UserError, match=r"llm\.kernels=liger: .*not installed.*llm\.kernels=auto"):
+        composed("llm.kernels=liger")
 
 
 def test_batch_must_divide_among_ranks_and_micro_batches():
@@ -81,9 +102,9 @@ def test_batch_must_divide_among_ranks_and_micro_batches():
 def test_the_unrelated_apex_of_pypi_is_told_apart(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "apex", raising=False)
-    with pytest.raises(ConfigError, match="apex is not installed"):
-        configuration.require_nvidia_apex()
+    with pytest.raises(UserError, match="apex is not installed"):
+        require_nvidia_apex("optim.name=apex_fused_adam", "optim.name=adamw")
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").touch()
-    with pytest.raises(ConfigError, match="an unrelated one from PyPI.*pip uninstall apex"):
-        configuration.require_nvidia_apex()
+    with pytest.raises(UserError, match="an unrelated one from PyPI.*pip uninstall apex"):
+        require_nvidia_apex("optim.name=apex_fused_adam", "optim.name=adamw")
