@@ -85,6 +85,15 @@ class Packing:
         sample: Sequence[int] = [NO_SAMPLE if r < 0 else rows.sample[r] for r in self.row]
         return Rows.packed(self.offsets, sample, rows.n_samples)
 
+    def flash_keywords(self) -> dict[str, Tensor | int]:
+        """What FlashAttention-2 is told of a single packed row.
+
+        transformers would read it off the positions again in every layer, waiting for the GPU each time.
+        """
+        starts = torch.tensor(self.offsets, dtype=torch.int32)
+        longest, starts = int(starts.diff().max()), starts.to(self.source.device, non_blocking=True)
+        return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+
     def pack(self, x: Tensor) -> Tensor:
         """[R, L, ...] -> [P, T, ...]."""
         return x.flatten(0, 1)[self.source]

@@ -103,6 +103,8 @@ class VisionLanguageModel(nn.Module):
         one_row = self.llm.config._attn_implementation == "flash_attention_2"
         packing = Packing.of(mask.cpu(), None if one_row else self.pack_tokens).to(mask.device)
         inputs["position_ids"] = packing.position_ids
+        if one_row:
+            inputs |= packing.flash_keywords()
         for name in ("input_ids", "inputs_embeds"):
             if name in inputs:
                 inputs[name] = packing.pack(inputs[name])

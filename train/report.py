@@ -43,6 +43,7 @@ def stage_figures(run: Path) -> dict[str, Any]:
         "training_seconds": records[-1]["seconds"],
         "skipped_steps": records[-1]["skipped_steps"],
         "padding_fraction": median("padding_fraction"),
+        "padding_fraction_of_rows": median("padding_fraction_of_rows"),
         "image_share": next((r["image_share"] for r in reversed(records) if "image_share" in r), None),
         "rank_memory_gib": max((r["memory/host_gib"] for r in system), default=0.0),
         "vision_features_cached": facts["vision_features_cached"],
@@ -174,6 +175,13 @@ def write(out: Path, summary: dict[str, Any]) -> Path:
                 str(figures["zero_stage"]),
             ]
             lines.append(_row(f"{name} {stage}", cells))
+    for name, result in summary["connectors"].items():
+        for stage, figures in result["stages"].items():
+            without, computed = figures["padding_fraction_of_rows"], figures["padding_fraction"]
+            lines += [
+                "",
+                f"{name} {stage}: {computed:.1%} of the LLM's positions are padding; in padded rows {without:.1%}.",
+            ]
     others = {k: v for k, v in summary["steps"].items() if not k.startswith(("pretrain", "finetune"))}
     lines += ["", "| step | wall s | core s | peak GB |", "|---|---|---|---|"]
     for name, cost in others.items():

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from model.batch import IGNORE
 from model.packing import Packing
@@ -99,6 +101,44 @@ def test_a_secret_in_one_dialogue_cannot_be_read_from_another(connector):
     else:  # the hook sees the padded text
         per_row = [row.abs().sum().item() for row in gradient]
     assert per_row[3] == 0 and all(per_row[row] > 0 for row in (0, 1, 4, 5)), per_row
+
+
+def test_the_flash_path_packs_into_one_row_and_names_every_dialogue(monkeypatch):
+    """FlashAttention-2 itself needs a GPU: attention in plain torch stands in for it, told only what it would be."""
+    lengths = []
+
+    def varlen(module, q, k, v, mask, dropout=0.0, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):
+        assert mask is None and q.shape[0] == 1 and torch.equal(kwargs["cu_seq_lens_k"], cu_seq_lens_q)
+        spans = list(zip(cu_seq_lens_q.tolist(), cu_seq_lens_q.tolist()[1:], strict=False))
+        lengths.append([end - start for start, end in spans])
+        assert max(lengths[-1]) == max_length_q == kwargs["max_length_k"]
+        out = [
+            torch.nn.functional.scaled_dot_product_attention(
+                q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, scale=scaling, enable_gqa=True
+            )
+            for a, b in spans
+        ]
+        return torch.cat(out, 2).transpose(1, 2), None
+
+    model = parts.build(parts.config()).double().eval()
+    batch = ragged()
+    padded, expected = loss_and_gradients(model, batch, None)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", varlen)
+    monkeypatch.setattr(model.llm.config, "_attn_implementation_internal", "flash_attention_2")
+    packed, found = loss_and_gradients(model, batch, 9)
+    assert lengths[0] == LENGTHS and packed.positions == sum(LENGTHS)
+    torch.testing.assert_close(packed.loss_sum, padded.loss_sum, rtol=1e-8, atol=1e-10)
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-8, atol=1e-10, msg=key)
+
+
+def test_lengths_for_flash_attention_are_those_transformers_would_find():
+    mask = torch.tensor([[1, 1, 0], [0, 1, 1], [1, 1, 1], [0, 0, 0], [1, 0, 0]])
+    packing = Packing.of(mask, None)
+    (starts, _), (longest, _) = prepare_fa_kwargs_from_position_ids(packing.position_ids)
+    found = packing.flash_keywords()
+    assert found["cu_seq_lens_q"].tolist() == starts.tolist() and found["cu_seq_lens_q"].dtype == starts.dtype
+    assert found["max_length_q"] == longest
 
 
 def test_layout():
