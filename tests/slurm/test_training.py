@@ -21,6 +21,7 @@ from tests.slurm.cluster import wait
 from tests.slurm.conftest import EVERY, STEPS, Site, last_step, losses
 
 
+@pytest.mark.slow
 def test_two_by_two_completes_under_zero3(site: Site) -> None:
     """2 nodes x 2 tasks, with preflight."""
     options = ("--ntasks-per-node=2",)
