@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from data_prep.schema import write_split
 from tests.train import world
+from train import adapter
 from train.tracking import read_metrics
 
 STEPS = 60
@@ -26,6 +27,7 @@ def pretrained(home, tmp_path_factory):
     done = world.train(world.overrides(home, run, f"stage.steps={STEPS}", "checkpoint.every=10"))
     assert done.returncode == 0, done.stderr
     assert f"{STEPS} steps of 8 samples, world size 2, ZeRO stage 3" in done.stdout
+    assert "ops backend cpu (asked for auto)" in done.stdout
     return run
 
 
@@ -115,6 +117,21 @@ def test_a_finished_run_is_left_alone(home, pretrained):
     done = world.train(world.overrides(home, pretrained, f"stage.steps={STEPS}", "checkpoint.every=10"))
     assert done.returncode == 0 and "finished" in done.stdout
     assert (pretrained / "export" / "connector.safetensors").stat().st_mtime_ns == before
+
+
+def test_adapter_of_one_image(pretrained, tmp_path, monkeypatch, capsys):
+    (tmp_path / "red.png").write_bytes(world.picture(world.COLORS["red"]))
+    arguments = ["-", f"run={pretrained}", f"image={tmp_path}/red.png", f"out={tmp_path}/adapter"]
+    monkeypatch.setattr("sys.argv", [*arguments, "types=q,k,v,o"])
+    adapter.main()
+    printed = capsys.readouterr().out
+    assert "merged into float32 weights" in printed and "m      runs as a branch" in printed
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(tensors) == 4 * 2 * 4  # types, factors, layers
+    assert any(t.abs().sum() > 0 for name, t in tensors.items() if "lora_B" in name)
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(ValueError, match="'m' has no place in a LoRA adapter.*types=q,k,v,o leaves it out"):
+        adapter.main()
 
 
 def unreadable_image(home, tmp_path):

@@ -1,0 +1,74 @@
+"""`python -m train.adapter run=RUN image=FILE out=FOLDER`: one image's weights as a standard LoRA adapter.
+
+Prints what merging them into the run's LLM would lose by rounding, then writes the file pair that PEFT reads.
+`types=q,k,v,o` leaves the others out; `m`, which LoRA has no form for, must be left out by name.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from model.adapter import save_adapter
+from model.config import parse_types
+from model.errors import run_cli
+from model.merging import merged
+from train import config as configuration
+from train import distributed
+from train.config import ConfigError
+from train.data import load_preprocessor
+from train.evaluate import load_model
+from train.export import exported_llm
+
+
+@dataclass
+class Options:
+    """Keys of the command line.
+
+    Attributes:
+        run: Run directory with an export of connector `vlora`.
+        image: An image file.
+        out: Folder of the adapter.
+        types: What to write; null: everything placed.
+    """
+
+    run: str = "???"
+    image: str = "???"
+    out: str = "???"
+    types: str | None = None
+
+
+def main() -> int:
+    """Write one adapter."""
+    try:
+        merged_options = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(sys.argv[1:]))
+        options: Options = OmegaConf.to_object(merged_options)
+    except OmegaConfBaseException as error:
+        raise configuration.explain(error, configuration.schema_keys(Options)) from error
+    run = Path(options.run)
+    config = configuration.load(run / "config.yaml")
+    if config.connector.name != "vlora":
+        raise ConfigError(f"{run} has connector={config.connector.name}, which makes no weights; only vlora does")
+    types = None if options.types is None else parse_types(options.types)
+    views = load_preprocessor(config.vision)(Path(options.image).read_bytes())
+    distributed.quiet()
+    model = load_model(config, run, torch.device("cpu"))
+    with torch.no_grad():
+        features = model.encode(views.to(next(model.parameters()).dtype)).to(model.llm.dtype)
+        one_sample = torch.zeros(len(views), dtype=torch.int64)
+        weights = model.connector(features, one_sample, features.new_ones(len(views)), 1).weights
+        with merged(model.llm, weights, 0) as report:
+            print(report)
+    base = exported_llm(run) or config.llm.path
+    save_adapter(Path(options.out), model.llm, weights, 0, str(base), types)
+    print(f"adapter: {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)
