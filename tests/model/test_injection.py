@@ -74,26 +74,78 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         assert torch.equal(grad, grads[1][name]), name
 
 
-class _CountOps(TorchDispatchMode):
-    """How many low-rank ops ran, forward and backward."""
+class _Operators(TorchDispatchMode):
+    """What ran: the name of every operator and the elements of its (first) result."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.forward = self.backward = 0
+        self.found: list[tuple[str, int]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.forward += func is torch.ops.vlora.lowrank_linear.default
-        self.backward += func is torch.ops.vlora.lowrank_linear_backward.default
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        first = out[0] if isinstance(out, list | tuple) else out
+        self.found.append((str(func), first.numel() if isinstance(first, torch.Tensor) else 0))
+        return out
+
+    def count(self, name: str) -> int:
+        return sum(found == name for found, _ in self.found)
 
 
 @pytest.mark.parametrize(("types", "per_layer"), [(ALL_TYPES, 4), ("q,v", 1), ("k,m,up", 3), ("qkvom", 3)])
 def test_projections_that_share_their_input_are_one_op(types, per_layer):
     model = parts.build(parts.config(types=types)).train()
-    with _CountOps() as counted:
+    with _Operators() as ran:
         model(parts.batch(rows=[0, 1], images=[0, 1])).loss_sum.backward()
     layers = len(model.placement.layers)
-    assert (counted.forward, counted.backward) == (per_layer * layers, per_layer * layers)
+    for name in ("vlora.lowrank_linear.default", "vlora.lowrank_linear_backward.default"):
+        assert ran.count(name) == per_layer * layers
+
+
+def test_gradient_of_the_generated_factors_is_written_once():
+    """One buffer per head, each layer's part written once: no gradient of an index, which is a full-size tensor."""
+    model = parts.build(parts.config()).train()
+    model.vision.requires_grad_(False)
+    loss = model(parts.batch(rows=[0, 1, 1], images=[0, 1])).loss_sum
+    heads = [head for stack in model.connector.generator.stacks for head in stack.heads.values()]
+    with _Operators() as ran:
+        loss.backward()
+    size = 2 * len(model.placement.layers) * 32 * 4  # samples, layers, d_in, rank: the output of each head
+    written = [name for name, elements in ran.found if elements == size and not name.startswith("aten.view")]
+    assert [name for name in written if name.startswith("aten.stack")] == ["aten.stack.default"] * len(heads)
+    assert not [name for name in written if any(word in name for word in ("select", "slice", "index", "add", "zeros"))]
+
+
+def test_memory_that_deltas_cost_in_pretraining():
+    """Per token and layer with the paper's types: the inputs of q,k,v and of m, width d, and five z of rank r.
+
+    That of o is the output of SDPA, which saves it anyway. Nothing of a frozen linear layer is saved.
+    """
+    model = parts.build(parts.config()).train()
+    for part in (model.llm, model.vision):
+        part.requires_grad_(False)
+    batch = parts.batch(rows=[0, 1, 1], images=[0, 1])
+    weights = model.condition(batch).weights.for_rows(batch.rows)
+    embedded = model.llm.get_input_embeddings()(batch.input_ids).requires_grad_()
+    kept = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *weights.a.values(), *weights.b.values())}
+
+    def saved(**given) -> int:
+        found: dict[int, int] = {}
+        alive = []  # or a freed tensor's address would be counted for another one
+
+        def pack(t: torch.Tensor) -> torch.Tensor:
+            storage = t.untyped_storage()
+            if t.is_floating_point() and storage.data_ptr() not in kept:
+                found[storage.data_ptr()] = storage.nbytes()
+                alive.append(storage)
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model.llm.get_decoder()(inputs_embeds=embedded, use_cache=False, **given)
+        return sum(found.values())
+
+    d, r, layers, tokens = 32, 4, len(model.placement.layers), batch.input_ids.numel()
+    extra = saved(perceptual_weights=weights) - saved()
+    assert extra == layers * tokens * 4 * (2 * d + 5 * r)
 
 
 def test_a_projection_called_on_another_input_is_computed_anew():
@@ -111,7 +163,7 @@ def test_a_projection_called_on_another_input_is_computed_anew():
     state.clear()
 
 
-@pytest.mark.parametrize("name", ["qwen2", "gemma2"])
+@pytest.mark.parametrize("name", ["qwen2"])
 def test_compiled_layers_give_the_same_loss_and_gradients(name):
     torch._dynamo.reset()
     batch, found = parts.batch(rows=[0, 1, 1], images=[0, 1]), []
