@@ -3,6 +3,7 @@
     python -m benchmarks.lowrank --llm FOLDER [--layers N]   a frozen HF decoder, forward + backward, as in pretraining
     python -m benchmarks.lowrank                             single projections and q,k,v: SmolLM2-135M and 7B shapes
     python -m benchmarks.lowrank --predict                   bytes, FLOPs and A100 roofline time of every kernel
+    python -m benchmarks.lowrank --kernels                   the same measured, on a GPU
 
 ``--json FILE`` writes the same figures. The variants take turns and each turn gives one ratio, of which the median is
 reported, so that a busy machine slows both sides alike. On the CPU one thread runs, as in a rank of the demo, with the
@@ -28,6 +29,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+from benchmarks.kernels import A100_FLOPS, measure, predict
 from model.config import GeneratorConfig
 from model.injection import inject
 from model.ops import lowrank_linear, lowrank_linear_group, split_perceptual
@@ -38,8 +40,6 @@ from train.launch import CPU_ALLOCATOR
 
 RANK = 64
 TYPES = ("q", "k", "v", "o", "m")
-A100_FLOPS, A100_BYTES = 312e12, 2.0e12
-"""bf16 tensor-core peak and memory bandwidth (NVIDIA A100 80 GB SXM data sheet)."""
 
 
 def einsum_term(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -207,30 +207,22 @@ def one_projection(samples: int, length: int, d_in: int, d_out: tuple[int, ...],
     return found
 
 
-def predict(samples: int, length: int, d: int = 4096, r: int = RANK) -> dict[str, dict[str, float]]:
-    """Per kernel of the hybrid backend: bytes, FLOPs and the A100 roofline time, q, k, v of one 7B layer in bf16.
+def _print_prediction(found: dict[str, dict], samples: int, length: int) -> None:
+    print(f"predicted (arithmetic, not measured), A100, {samples} x {length}, rank {RANK}, q, k, v of one 7B layer")
+    for phase, ratio in found["overhead"].items():
+        print(f"  low-rank over base linears, {phase}: {ratio:.1%}")
+    for name, row in found["kernels"].items():
+        mb, gflop, us = row["bytes"] / 1e6, row["flops"] / 1e9, row["roofline_us"]
+        print(f"  {name:26s} {mb:9.1f} MB {gflop:9.1f} GFLOP {us:8.1f} us")
 
-    Each operand is counted once, read or written; the time is the larger of bytes over bandwidth and FLOPs over peak.
-    """
-    tokens = samples * length
-    x, a, z, b, w = (2 * n for n in (tokens * d, samples * d * r, tokens * r, r * d, d * d))
-    thin, base = 2 * tokens * d * r, 2 * tokens * d * d
-    kernels = {
-        "shrink q,k,v": (x + 3 * a + 3 * z, 3 * thin),
-        "z B into y (x3)": (3 * (z + b + x), 3 * thin),
-        "base GEMM onto y (x3)": (3 * (3 * x + w), 3 * base),
-        "dz = dy Bᵀ (x3)": (3 * (x + b + z), 3 * thin),
-        "dB = zᵀ dy (x3)": (3 * (x + z + b), 3 * thin),
-        "expand dz Aᵀ into dx": (3 * z + 3 * a + x, 3 * thin),
-        "base dgrad onto dx (x3)": (3 * (3 * x + w), 3 * base),
-        "factor_grad q,k,v": (x + 3 * z + 3 * a, 3 * thin),
-    }
-    merge_bytes, merge_flops = 32 * (2 * w + 2 * 2 * d * r), 32 * 2 * d * d * r
-    kernels["merge 32 matrices"] = (merge_bytes, merge_flops)
-    return {
-        name: {"bytes": n, "flops": f, "roofline_us": 1e6 * max(n / A100_BYTES, f / A100_FLOPS)}
-        for name, (n, f) in kernels.items()
-    }
+
+def _print_kernels(found: dict[str, dict], samples: int, length: int) -> None:
+    print(f"measured, {torch.cuda.get_device_name()}, {samples} x {length}, rank {RANK}, q, k, v of one 7B layer")
+    for name, row in found.items():
+        if name != "device":
+            shares = f"{row['share_of_roofline']:6.1%} of roofline {row['share_of_cublas']:6.1%} of cuBLAS"
+            rates = f"{row['tflops']:7.1f} TFLOP/s {row['gb_per_s']:7.0f} GB/s {row['us']:8.1f} us"
+            print(f"  {name:26s} {shares} {rates}, error {row['error']:.1e}")
 
 
 def main() -> None:
@@ -241,19 +233,26 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--length", type=int, default=48)
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--predict", action="store_true")
+    parser.add_argument("--predict", action="store_true", help="only arithmetic")
+    parser.add_argument("--kernels", action="store_true", help="time every kernel; needs a GPU")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     found: dict[str, dict] = {}
-    if args.predict:
-        for samples, length in ((96, 64), (16, 512)):
-            found[f"{samples} x {length}"] = rows = predict(samples, length)
-            print(f"predicted (arithmetic, not measured), A100, {samples} x {length}, rank {RANK}, 7B")
-            for name, row in rows.items():
-                mb, gflop, us = row["bytes"] / 1e6, row["flops"] / 1e9, row["roofline_us"]
-                print(f"  {name:26s} {mb:9.1f} MB {gflop:9.1f} GFLOP {us:8.1f} us")
+    if args.kernels and not torch.cuda.is_available():
+        parser.error("--kernels needs a CUDA device; --predict prints the arithmetic without one")
+    if args.predict or args.kernels:
+        for shape in ((96, 64), (16, 512)):
+            found["{} x {}".format(*shape)] = row = predict(*shape)
+            _print_prediction(row, *shape)
+            if args.kernels:
+                from triton.testing import do_bench
+
+                row["measured"] = measure(*shape, do_bench, device="cuda")
+                _print_kernels(row["measured"], *shape)
+        if not args.kernels:
+            print("not measured on a GPU")
     else:
         torch.manual_seed(0)
         on_cpu = not torch.cuda.is_available()

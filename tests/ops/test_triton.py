@@ -19,22 +19,18 @@ ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (requirements.txt)")
 
 
-def run_pytest(path: str, interpret: bool) -> None:
-    """Run ``path`` below tests/ops and fail with its report."""
+def run_pytest(*paths: str, interpret: bool) -> None:
+    """Run ``paths`` below tests/ops in one process and fail with its report."""
     env = os.environ | {"TRITON_INTERPRET": str(int(interpret)), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/ops/{path}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/ops/{p}" for p in paths)]
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
 
 
 @needs_triton
-def test_kernels_match_float64():
-    run_pytest("interpreted/test_kernels.py", interpret=True)
-
-
-@needs_triton
-def test_tiny_model_matches_float64():
-    run_pytest("interpreted/test_model.py", interpret=True)
+def test_kernels_whole_model_and_benchmark_match_float64():
+    names = ("test_kernels.py", "test_model.py", "test_benchmark.py")
+    run_pytest(*(f"interpreted/{name}" for name in names), interpret=True)
 
 
 @needs_triton
