@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: venv demo compare sweep test test-slurm lint clean
+.PHONY: venv demo compare kernels sweep test test-slurm lint clean
 
 venv: $(VENV)/.installed          ## the environment alone
 
@@ -26,6 +26,14 @@ test: $(VENV)/.test-installed     ## all tests
 # ARGS="-m 'slurm and not slow'": the part that CI runs.
 test-slurm: $(VENV)/.test-installed   ## the batch scripts on a real SLURM
 	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
+
+kernels: $(VENV)/.test-installed  ## every figure of docs/kernels.md and of the README's kernel table
+	$(BIN)/python -m data_prep.parts
+	$(BIN)/python -m benchmarks.lowrank --llm .cache/llm/smollm2-135m-instruct
+	$(BIN)/python -m benchmarks.lowrank
+	$(BIN)/python -m benchmarks.lowrank --predict
+	$(BIN)/python -m benchmarks.traffic
+	$(BIN)/python -m benchmarks.ahead_of_time
 
 sweep: $(VENV)/.installed         ## a 2 x 2 sweep over rank and blocks with the tiny LLM, and its report
 	$(BIN)/python -m data_prep.parts
