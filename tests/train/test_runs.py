@@ -24,8 +24,11 @@ def home(tmp_path_factory):
 def pretrained(home, tmp_path_factory):
     """An undisturbed pretraining."""
     run = tmp_path_factory.mktemp("runs") / "pretrain"
-    done = world.train(world.overrides(home, run, f"stage.steps={STEPS}", "checkpoint.every=10"))
+    extensions = tmp_path_factory.mktemp("extensions")
+    arguments = world.overrides(home, run, f"stage.steps={STEPS}", "checkpoint.every=10")
+    done = world.train(arguments, TORCH_EXTENSIONS_DIR=str(extensions))
     assert done.returncode == 0, done.stderr
+    assert not list(extensions.iterdir()), "DeepSpeed compiled an op at its first use"
     assert f"{STEPS} steps of 8 samples, world size 2, ZeRO stage 3" in done.stdout
     assert "ops backend cpu (asked for auto)" in done.stdout
     return run
@@ -132,6 +135,19 @@ def test_adapter_of_one_image(pretrained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", arguments)
     with pytest.raises(ValueError, match="'m' has no place in a LoRA adapter.*types=q,k,v,o leaves it out"):
         adapter.main()
+
+
+def test_answers_do_not_depend_on_the_batch(pretrained):
+    """Greedy, with a KV cache and left padding: one question at a time gives the text that all together give."""
+    answers = []
+    for size in (1, 7):
+        arguments = [f"run={pretrained}", "split=squares/train", "max_samples=30", f"batch_size={size}"]
+        done = world.train(arguments, module="train.evaluate")
+        assert done.returncode == 0, done.stderr
+        file = pretrained / "evaluation" / "squares-train-real.jsonl"
+        answers.append([json.loads(line) for line in file.read_text().splitlines()])
+    assert len(answers[0]) == 30 and len({a["prediction"] for a in answers[0]}) > 1
+    assert answers[0] == answers[1]
 
 
 def unreadable_image(home, tmp_path):

@@ -102,11 +102,11 @@ def overrides(world: Path, run: Path, *more: str) -> list[str]:
     ]
 
 
-def start(arguments: list[str]) -> subprocess.Popen:
+def start(arguments: list[str], module: str = "train", **environment: str) -> subprocess.Popen:
     """`python -m train ...` in its own session, as a user would start it."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
     return subprocess.Popen(
-        [sys.executable, "-m", "train", *arguments],
+        [sys.executable, "-m", module, *arguments],
         env=environment,
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -116,9 +116,9 @@ def start(arguments: list[str]) -> subprocess.Popen:
     )
 
 
-def train(arguments: list[str], timeout: float = 240) -> subprocess.CompletedProcess:
-    """Run to the end."""
-    process = start(arguments)
+def train(arguments: list[str], module: str = "train", timeout: float = 240, **environment: str):
+    """Run to the end; the finished process with its output."""
+    process = start(arguments, module, **environment)
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
