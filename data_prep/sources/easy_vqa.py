@@ -4,8 +4,8 @@ Source: the PyPI package ``easy-vqa`` 1.0 (MIT). Six splits are made:
 
     train, val       the official training questions, all questions of an image in one sample; ``val`` is split off BY
                      IMAGE, by the hash of its bytes
-    balanced_train   ``train`` with as many "yes" as "no" to every question, so that only the image tells which (as VQA
-                     v2 has it: Goyal et al., CVPR 2017); questions for shape and color as they are
+    open_train       the questions of ``train`` whose answer is a shape or a color; three in four are yes/no questions,
+                     most of which are right from their text alone
     caption_train, caption_val   the same images, with captions from facts that their TRAINING questions state
     test             the official test images and questions, nothing else
 """
@@ -89,30 +89,6 @@ def facts(questions: list[tuple[str, str]]) -> Facts:
     return Facts(*(next(iter(found[name]), None) for name in ("shape", "color")))
 
 
-def balanced(asked: dict[int, list[tuple[str, str]]]) -> dict[int, list[tuple[str, str]]]:
-    """As many "yes" as "no" to every yes/no question over all images; the other questions untouched.
-
-    Which ones of the more frequent answer stay is decided by a hash of question and image number.
-
-    Args:
-        asked: (question, answer) pairs by image number.
-    """
-    numbers: dict[tuple[str, str], list[int]] = {}
-    for number, pairs in asked.items():
-        for question, answer in pairs:
-            if answer_type(answer) == "yesno":
-                numbers.setdefault((question, answer), []).append(number)
-    kept = set()
-    for (question, answer), found in numbers.items():
-        fewer = min(len(numbers.get((question, other), ())) for other in ("yes", "no"))
-        drawn = sorted((hashlib.sha256(f"{n} {question}".encode()).digest(), n) for n in found)
-        kept |= {(number, question, answer) for _, number in drawn[:fewer]}
-    return {
-        number: [(q, a) for q, a in pairs if answer_type(a) != "yesno" or (number, q, a) in kept]
-        for number, pairs in asked.items()
-    }
-
-
 CAPTIONS: dict[str, tuple[tuple[str, str], ...]] = {
     "short": (("", "a {color} {shape}"),),
     "sentences": (
@@ -180,7 +156,7 @@ class EasyVQA:
 
     def plan(self) -> dict[str, list[None]]:
         """One unit per split."""
-        return {split: [None] for split in ("caption_train", "caption_val", "train", "balanced_train", "val", "test")}
+        return {split: [None] for split in ("caption_train", "caption_val", "train", "open_train", "val", "test")}
 
     def read(self, split: str, unit: None) -> Iterator[Sample | Dropped]:
         """Samples of one split, by image number."""
@@ -189,14 +165,13 @@ class EasyVQA:
         images = {number: self._image(part, number) for number in sorted(asked)}
         if part == "train":
             images = {n: image for n, image in images.items() if split.endswith("val") == self._is_validation(image)}
-        if split == "balanced_train":
-            asked = balanced({number: asked[number] for number in images})
         for number, image in images.items():
             questions = asked[number]
+            if split == "open_train":
+                questions = [(q, a) for q, a in questions if answer_type(a) != "yesno"]
+                if not questions:
+                    continue
             name = f"easy_vqa/{part}/{number}"
-            if not questions:
-                # balanced: all it was asked has the more frequent answer.
-                continue
             if not split.startswith("caption_"):
                 dialogues = [exchange(question, answer) for question, answer in questions]
             elif not (dialogues := captions(facts(questions), self.captions)):
