@@ -130,6 +130,7 @@ class EngineConfig:
         overlap_comm, reduce_bucket_size, prefetch_bucket_size, persistence_threshold, max_live_parameters,
             sub_group_size: ZeRO-3's settings of these names; sizes in elements.
         reduce_scatter: Reduce gradients by reduce-scatter; false: by all-reduce, each rank keeping its part.
+        reduce_dtype: What gradients are rounded to while they cross the ranks, `fp32` or `bf16`; null: `precision`.
         offload_optimizer: Keep optimizer state in host memory.
         timeout_minutes: A collective that takes longer ends the run.
         max_skipped_steps: Consecutive steps with a non-finite gradient after which the run ends.
@@ -143,6 +144,7 @@ class EngineConfig:
     memory_gib: float | None = None
     overlap_comm: bool = True
     reduce_scatter: bool = True
+    reduce_dtype: str | None = None
     reduce_bucket_size: int = 50_000_000
     prefetch_bucket_size: int = 50_000_000
     persistence_threshold: int = 100_000
@@ -337,6 +339,7 @@ def validate(config: RunConfig) -> None:
     stage, engine, optim, generator = config.stage, config.engine, config.optim, config.generator
     one_of("stage.name", stage.name, STAGES)
     one_of("engine.precision", engine.precision, ("fp32", "bf16"))
+    one_of("engine.reduce_dtype", engine.reduce_dtype or "fp32", ("fp32", "bf16"))
     one_of("optim.name", optim.name, OPTIMIZERS)
     one_of("optim.schedule", optim.schedule, ("cosine", "constant"))
     one_of("tracking.wandb", config.tracking.wandb, ("online", "offline", "disabled"))

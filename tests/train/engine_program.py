@@ -134,6 +134,7 @@ TRAJECTORIES = {
     "packed": ("finetune", {"pack_tokens": 10}),
     # Micro-steps counted out by tokens: another number of them in every step.
     "by_tokens": ("finetune", {}),
+    "reduced_in_bf16": ("finetune", {**DEMO, "reduce_dtype": "bf16"}),
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import shutil
 import signal
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from data_prep.schema import write_split
@@ -87,6 +88,25 @@ def test_finetuning_resumes_exactly_and_exports_the_llm(home, pretrained, tmp_pa
     assert not base["model.layers.0.mlp.up_proj.weight"].equal(tuned["model.layers.0.mlp.up_proj.weight"])
     # The first loss of finetuning is that of the pretrained generator: the stage switch loses nothing.
     assert losses(tmp_path / "whole")[0][1] < losses(pretrained)[0][1]
+
+
+def test_bf16_trains_both_stages(home, tmp_path):
+    """As on a GPU: LLM and connector in bf16 over fp32 master weights."""
+    short = ("stage.steps=6", "engine.precision=bf16", "llm.attn_implementation=sdpa", "launch.threads_per_worker=1")
+    first, second = tmp_path / "pretrain", tmp_path / "finetune"
+    for arguments in (
+        world.overrides(home, first, *short),
+        world.overrides(home, second, "stage=finetune", f"init_from={first}", *short),
+    ):
+        done = world.train(arguments)
+        assert done.returncode == 0, done.stderr
+    for run in (first, second):
+        found = [loss for _, loss, _ in losses(run)]
+        assert len(found) == 6 and found[-1] < found[0]
+        assert {t.dtype for t in load_file(run / "export/connector.safetensors").values() if t.dim() > 1} == {
+            torch.float32
+        }
+    assert {t.dtype for t in load_file(second / "export/llm/model.safetensors").values()} == {torch.bfloat16}
 
 
 def test_another_number_of_ranks_goes_on(home, pretrained, tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -122,7 +121,7 @@ def train(arguments: list[str], module: str = "train", timeout: float = 240, **e
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_tree(process)
         raise
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
