@@ -175,7 +175,7 @@ def build_model(
 
     Args:
         config: What to build.
-        dtype: Of vision encoder and LLM; the connector is made in fp32.
+        dtype: Of all parameters; the statistics that the connector keeps are fp32.
         meta: Shapes only, nothing is read or allocated.
         llm_path: Folder of a finetuned version of the LLM, read in place of `config.llm.path`.
         vision: An encoder whose features are cached: gives the sizes and does not become part of the model.
@@ -190,6 +190,8 @@ def build_model(
     hidden_size = llm.config.get_text_config().hidden_size
     with torch.device("meta" if meta else "cpu"):
         connector = build_connector(config, placement, sizes.num_patches, sizes.feature_width, hidden_size)
+    for parameter in connector.parameters():  # not its statistics
+        parameter.data = parameter.data.to(dtype)
     if placement is not None:
         inject(llm, placement)
     model = VisionLanguageModel(encoder, connector, llm, placement, config.llm.pack_tokens)

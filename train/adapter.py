@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from model.adapter import save_adapter
 from model.config import parse_types
@@ -45,11 +43,7 @@ class Options:
 
 def main() -> int:
     """Write one adapter."""
-    try:
-        merged_options = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(sys.argv[1:]))
-        options: Options = OmegaConf.to_object(merged_options)
-    except OmegaConfBaseException as error:
-        raise configuration.explain(error, configuration.schema_keys(Options)) from error
+    options: Options = configuration.parse_options(Options, sys.argv[1:])
     run = Path(options.run)
     config = configuration.load(run / "config.yaml")
     if config.connector.name != "vlora":

@@ -289,6 +289,18 @@ def resolve(composed: DictConfig) -> RunConfig:
     return config
 
 
+def parse_options(schema: type, arguments: list[str]) -> Any:
+    """An instance of the dataclass `schema` from `key=value` arguments, for the commands that are no Hydra programs.
+
+    Raises:
+        ConfigError: unknown key (with the nearest one), wrong type, or no value for a key that needs one.
+    """
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(arguments)))
+    except OmegaConfBaseException as error:
+        raise explain(error, schema_keys(schema)) from error
+
+
 def explain(error: Exception, known: list[str] | None = None) -> ConfigError:
     """Hydra's or OmegaConf's complaint as one line that names the key and the nearest known one."""
     text = str(error.__cause__ or error)

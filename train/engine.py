@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from model.errors import UserError
 from model.injection import SharedInput
 from model.vlm import VisionLanguageModel
-from train.config import DTYPES, OptimConfig, RunConfig, StageConfig
+from train.config import OptimConfig, RunConfig, StageConfig
 
 
 def deepspeed_config(config: RunConfig, world_size: int, accumulation: int) -> dict[str, Any]:
@@ -143,17 +143,6 @@ def schedule(optim: OptimConfig, total_steps: int) -> Callable[[int], float]:
     return factor
 
 
-def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Parameters to the engine's dtype, buffers as they are.
-
-    DeepSpeed does this itself only where no part of the model was partitioned while it was read; ours always has such
-    a part, and would keep its connector in fp32 beside a bf16 LLM.
-    """
-    for parameter in model.parameters():
-        if not hasattr(parameter, "ds_id"):
-            parameter.data = parameter.data.to(dtype)
-
-
 @dataclass(frozen=True)
 class StepResult:
     """One optimizer step.
@@ -179,7 +168,6 @@ class Engine:
         world = torch.distributed.get_world_size()
         if config.engine.gradient_checkpointing:
             model.checkpoint_layers()
-        _cast(model, DTYPES[config.engine.precision])
         groups = parameter_groups(model, config.optim)
         factor = schedule(config.optim, total_steps)
         buffers = {name: buffer.clone() for name, buffer in model.connector.named_buffers()}

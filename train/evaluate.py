@@ -21,8 +21,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
@@ -67,11 +65,7 @@ def parse(arguments: list[str]) -> Options:
     Raises:
         ConfigError: unknown key, wrong type, or no run.
     """
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(arguments))
-        options: Options = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise configuration.explain(error, configuration.schema_keys(Options)) from error
+    options: Options = configuration.parse_options(Options, arguments)
     if options.images not in ("real", "shuffled", "none"):
         raise ConfigError(f"images={options.images}: choose real, shuffled or none")
     return options
@@ -88,8 +82,6 @@ def load_model(config: RunConfig, run: Path, device: torch.device) -> VisionLang
     dtype = DTYPES[config.engine.precision]
     model = build_model(config.model, dtype, llm_path=None if llm is None else str(llm))
     load_connector(model.connector, run, config.model, identity)
-    for parameter in model.connector.parameters():  # statistics stay fp32
-        parameter.data = parameter.data.to(dtype)
     return model.to(device).eval()
 
 

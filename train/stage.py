@@ -205,15 +205,15 @@ def _measure_features(engine: Engine, loader: TrainLoader, image: ImageInput, im
     seen = 0
     for index in range(rank, count, world):
         position = index * len(split) // count
-        images = loader.images(0, position)
+        files = loader.images(0, position)
         try:
             # A text-only sample still runs the encoder: ZeRO-3 needs every rank in step.
-            views = image(images[0]) if images else dummy
+            views = image(files[0]) if files else dummy
         except ValueError as error:  # ImageError, DataError
             raise UserError(f"{split.shard_of(position)}: sample {split[position].id}: {error}") from error
         with torch.no_grad():
             features = engine.model.encode(views.to(engine.device))
-        if images:
+        if files:
             flat = features.double().flatten(0, 1).cpu()
             total += torch.stack([flat.sum(0), flat.square().sum(0)])
             seen += len(flat)

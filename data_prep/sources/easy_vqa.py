@@ -161,12 +161,10 @@ class EasyVQA:
     def read(self, split: str, unit: None) -> Iterator[Sample | Dropped]:
         """Samples of one split, by image number."""
         part = "test" if split == "test" else "train"
-        asked = self._questions(part)
-        images = {number: self._image(part, number) for number in sorted(asked)}
-        if part == "train":
-            images = {n: image for n, image in images.items() if split.endswith("val") == self._is_validation(image)}
-        for number, image in images.items():
-            questions = asked[number]
+        for number, questions in sorted(self._questions(part).items()):
+            image = self._image(part, number)
+            if part == "train" and split.endswith("val") != self._is_validation(image):
+                continue
             if split == "open_train":
                 questions = [(q, a) for q, a in questions if answer_type(a) != "yesno"]
                 if not questions:

@@ -13,6 +13,7 @@ from data_prep.dialogues import exchange, from_text_or_turns
 from data_prep.errors import DataError, Defect
 from data_prep.images import read_image
 from data_prep.schema import Count, Dropped, Sample
+from data_prep.sources import each
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,12 +59,8 @@ class HuggingFace:
     def read(self, split: str, unit: list[int]) -> Iterator[Sample | Dropped | Count]:
         """Samples of a range of rows; ids are row numbers."""
         start, stop = unit
-        for number, row in enumerate(self._open().select(range(start, stop)), start):
-            name = f"{self.label}/{number}"
-            try:
-                yield from self._sample(name, row)
-            except Defect as defect:
-                yield Dropped(name, defect.reason, defect.detail)
+        rows = enumerate(self._open().select(range(start, stop)), start)
+        return each(((f"{self.label}/{number}", row) for number, row in rows), self._sample)
 
     def _sample(self, name: str, row: dict[str, Any]) -> Iterator[Sample | Count]:
         listed = row[self.image]

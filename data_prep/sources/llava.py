@@ -17,6 +17,7 @@ from data_prep.dialogues import check_tokens, exchange, from_turns
 from data_prep.errors import Defect
 from data_prep.images import read_image
 from data_prep.schema import Count, Dialogue, Dropped, Sample, file_sha256
+from data_prep.sources import each
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -60,12 +61,8 @@ class Llava:
     def read(self, split: str, unit: list[int]) -> Iterator[Sample | Dropped | Count]:
         """Samples of a stretch of the file, in its order. Ids are the records' own, which repeat, and their numbers."""
         first, start, stop = unit
-        for number, record in enumerate(json_stream.read(self.json, start, stop), first):
-            name = f"{record.get('id')}@{number}"
-            try:
-                yield from self._sample(name, record)
-            except Defect as defect:
-                yield Dropped(name, defect.reason, defect.detail)
+        records = enumerate(json_stream.read(self.json, start, stop), first)
+        return each(((f"{record.get('id')}@{number}", record) for number, record in records), self._sample)
 
     def _sample(self, name: str, record: dict[str, Any]) -> Iterator[Sample | Count]:
         listed = record.get("image")

@@ -12,6 +12,7 @@ from data_prep import tars
 from data_prep.dialogues import from_text_or_turns
 from data_prep.errors import Defect
 from data_prep.schema import Count, Dropped, Sample
+from data_prep.sources import each
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
@@ -44,12 +45,8 @@ class WebDataset:
 
     def read(self, split: str, unit: str) -> Iterator[Sample | Dropped | Count]:
         """Samples of one tar, in its order."""
-        for group in tars.groups(self.path / unit):
-            name = f"{unit.removesuffix('.tar')}/{group.key}"
-            try:
-                yield from self._sample(name, group)
-            except Defect as defect:
-                yield Dropped(name, defect.reason, defect.detail)
+        shard = unit.removesuffix(".tar")
+        return each(((f"{shard}/{group.key}", group) for group in tars.groups(self.path / unit)), self._sample)
 
     def _sample(self, name: str, group: tars.Group) -> Iterator[Sample | Count]:
         if group.defect:
