@@ -193,7 +193,7 @@ def log_to_wandb(folder: Path, rows: list[dict[str, Any]]) -> None:
         if (folder / f"{_file(n)}.png").exists()
     }
     run.log({"points": wandb.Table(columns=list(_COLUMNS), data=cells), **images})
-    run.finish(quiet=True)
+    run.finish()
 
 
 def main() -> int:
