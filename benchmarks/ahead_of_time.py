@@ -92,7 +92,7 @@ def launches(samples: int = 96, length: int = 64, d: int = 4096, r: int = 64) ->
         return torch.empty(shape, dtype=dtype, device="meta")
 
     index = [meta(n, dtype=torch.int32) for n in (samples + 1, samples, samples, samples + 1)]
-    segments = Segments(*index, per_sample=length, max_len=length)
+    segments = Segments(*index, per_sample=length, max_len=length, n_tokens=tokens)
     x, w, b = meta(tokens, d), meta(d, d), meta(r, d)
     a = list(meta(samples, 8, d, r).unbind(1))[:3]  # strided, as split_perceptual hands them out
     z = meta(3, tokens, r)

@@ -61,10 +61,11 @@ _MOVES_NOTHING = {
 
 
 def _open_up(func, args) -> list[Tensor]:
-    *head, per_sample, max_len, scale = args[:9] if func is torch.ops.vlora.lowrank_linear.default else args[:10]
-    *head, segments = head
-    segments = Segments(*segments, per_sample, max_len)
-    if func is torch.ops.vlora.lowrank_linear.default:
+    forward = func is torch.ops.vlora.lowrank_linear.default
+    *head, segments, per_sample, max_len, scale = args[:9] if forward else args[:10]
+    x = head[0] if forward else head[1]
+    segments = Segments(*segments, per_sample, max_len, x.shape[0])
+    if forward:
         return lowrank.forward(cpu, *head, scale, segments)
     return lowrank.backward(cpu, *head, scale, segments, *args[10:15])
 

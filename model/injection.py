@@ -15,10 +15,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from model.ops import lowrank_delta, lowrank_linear, lowrank_linear_group
+from model.ops import Rows, Segments, lowrank_delta, lowrank_linear, lowrank_linear_group
 from model.placement import Placement, decoder_layers
 from model.weights import PerceptualWeights
 
@@ -26,21 +28,33 @@ SHARING_INPUT = (("q", "k", "v"), ("gate", "up"))
 """Types whose projections read the same tensor in every decoder we place deltas in."""
 
 
+class _Added(NamedTuple):
+    """What one decoder layer adds: the factors A [S, d_in, r] and B [r, d_out] by type, their scale and the rows."""
+
+    factors: dict[str, tuple[Tensor, Tensor]]
+    scale: float
+    rows: Rows | Segments | None
+
+    @classmethod
+    def to(cls, layer: int, weights: PerceptualWeights) -> _Added:
+        return cls(weights.for_layer(layer), weights.scale, weights.rows)
+
+
+_NOTHING = _Added({}, 1.0, None)
+
+
 class _LayerState:
     """What the projections of one decoder layer add during the layer's forward."""
 
-    __slots__ = ("factors", "groups", "pinned", "rows", "scale")
+    __slots__ = ("added", "groups", "pinned")
 
     def __init__(self) -> None:
         self.pinned: PerceptualWeights | None = None
         self.groups: list[SharedInput] = []
-        self.clear()
-
-    def set(self, weights: PerceptualWeights, layer: int) -> None:
-        self.factors, self.scale, self.rows = weights.for_layer(layer), weights.scale, weights.rows
+        self.added = _NOTHING
 
     def clear(self) -> None:
-        self.factors, self.scale, self.rows = {}, 1.0, None
+        self.added = _NOTHING
         for group in self.groups:
             group.clear()
 
@@ -63,11 +77,12 @@ class SharedInput(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """The output of every projection that has deltas now, in their order."""
-        a, b = zip(*(self._state.factors[t] for t in self._types()), strict=True)
+        factors, scale, rows = self._state.added
+        a, b = zip(*(factors[t] for t in self._types()), strict=True)
         linears = [self.linears[t] for t in self._types()]
         weights = [linear.weight for linear in linears]
         biases = [linear.bias for linear in linears if linear.bias is not None]
-        return lowrank_linear_group(x, weights, a, b, self._state.scale, biases=biases, rows=self._state.rows)
+        return lowrank_linear_group(x, weights, a, b, scale, biases=biases, rows=rows)
 
     def output(self, weight_type: str, x: Tensor) -> Tensor:
         """That of one projection. All are computed when the first is asked for, and kept until each was handed out."""
@@ -77,7 +92,7 @@ class SharedInput(nn.Module):
         return self._ready.pop(weight_type)
 
     def _types(self) -> list[str]:
-        return [t for t in self.linears if t in self._state.factors]
+        return [t for t in self.linears if t in self._state.added.factors]
 
     def clear(self) -> None:
         """Drop what was not asked for."""
@@ -88,10 +103,13 @@ class _PerceptualLayer(nn.Module):
     """Mixin in front of a decoder layer's class."""
 
     def forward(self, *args, perceptual_weights: PerceptualWeights | None = None, **kwargs):
+        weights = perceptual_weights if perceptual_weights is not None else self._perceptual_state.pinned
+        added = _NOTHING if weights is None else _Added.to(self._perceptual_index, weights)
+        return self._perceptual_forward(added, *args, **kwargs)
+
+    def _perceptual_forward(self, added: _Added, *args, **kwargs):
         state: _LayerState = self._perceptual_state
-        weights = perceptual_weights if perceptual_weights is not None else state.pinned
-        if weights is not None:
-            state.set(weights, self._perceptual_index)
+        state.added = added
         try:
             return super().forward(*args, **kwargs)
         finally:
@@ -102,13 +120,13 @@ class _PerceptualModule(nn.Module):
     """Mixin in front of a placed projection (or MLP, for `m`): y = f(x) + s (x A) B."""
 
     def forward(self, x: Tensor, *args, **kwargs):
-        state: _LayerState = self._perceptual_state
-        factors = state.factors.get(self._perceptual_type)
+        added: _Added = self._perceptual_state.added
+        factors = added.factors.get(self._perceptual_type)
         if factors is None:
             return super().forward(x, *args, **kwargs)
         if self._perceptual_fused:
-            return lowrank_linear(x, self.weight, *factors, state.scale, bias=self.bias, rows=state.rows)
-        return super().forward(x, *args, **kwargs) + lowrank_delta(x, *factors, state.scale, rows=state.rows)
+            return lowrank_linear(x, self.weight, *factors, added.scale, bias=self.bias, rows=added.rows)
+        return super().forward(x, *args, **kwargs) + lowrank_delta(x, *factors, added.scale, rows=added.rows)
 
 
 class _GroupedProjection(nn.Module):
@@ -118,7 +136,7 @@ class _GroupedProjection(nn.Module):
     """
 
     def __call__(self, x: Tensor):
-        if self._perceptual_type not in self._perceptual_state.factors:
+        if self._perceptual_type not in self._perceptual_state.added.factors:
             return super().__call__(x)
         return self._perceptual_group[0].output(self._perceptual_type, x)
 
@@ -181,6 +199,19 @@ def eject(llm: nn.Module) -> None:
                 del module.__dict__[name]
             for types in SHARING_INPUT:
                 module._modules.pop(_group_name(types), None)
+
+
+def compile_forward(layer: nn.Module, **options) -> None:
+    """Run a decoder layer's forward through `torch.compile`, injected or not.
+
+    What the layer adds is an argument of the compiled part: the compiler would tie its code to the number of one layer,
+    and to the sizes of tensors found in a module.
+
+    Args:
+        options: Those of `torch.compile`.
+    """
+    name = "_perceptual_forward" if isinstance(layer, _PerceptualLayer) else "forward"
+    setattr(layer, name, torch.compile(getattr(layer, name), **options))
 
 
 @contextmanager

@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 from model.batch import IGNORE, Batch
 from model.config import ModelConfig
 from model.connectors import Conditioning, Connector, build_connector
-from model.injection import inject, pinned
+from model.injection import compile_forward, inject, pinned
 from model.kernels import resolve_kernels, use_kernels
 from model.loading import build_llm
 from model.loss import attach_loss
 from model.packing import Packing
-from model.placement import Placement, place
+from model.placement import Placement, decoder_layers, place
 from model.vision import VisionEncoder, build_vision
 from model.weights import PerceptualWeights
 
@@ -84,7 +84,11 @@ class VisionLanguageModel(nn.Module):
         conditioning = self.condition(batch)
         inputs, offset = self._llm_inputs(batch, conditioning)
         tokens = inputs["attention_mask"].sum()
-        packing = self._pack(inputs, batch) if self.pack_tokens else None
+        packing = self._pack(inputs) if self.pack_tokens else None
+        if "perceptual_weights" in inputs:
+            rows = batch.rows if packing is None else packing.rows(batch.rows)
+            segments = rows.segments(batch.input_ids.shape[1], tokens.device)
+            inputs["perceptual_weights"] = inputs["perceptual_weights"].for_rows(segments)
         hidden = self.llm.get_decoder()(**inputs, use_cache=False).last_hidden_state
         positions = hidden.shape[0] * hidden.shape[1]
         targets = batch.labels[:, 1:]
@@ -96,7 +100,7 @@ class VisionLanguageModel(nn.Module):
         loss = self.llm.get_output_embeddings()(hidden, targets[supervised])
         return Output(loss, int(supervised.sum()), conditioning.weights, positions, tokens)
 
-    def _pack(self, inputs: dict, batch: Batch) -> Packing:
+    def _pack(self, inputs: dict) -> Packing:
         """Replace padded keywords of the decoder's forward by packed ones."""
         mask = inputs.pop("attention_mask")
         # FlashAttention-2 is told of the segments only where they all stand in one row.
@@ -108,8 +112,6 @@ class VisionLanguageModel(nn.Module):
         for name in ("input_ids", "inputs_embeds"):
             if name in inputs:
                 inputs[name] = packing.pack(inputs[name])
-        if "perceptual_weights" in inputs:
-            inputs["perceptual_weights"] = inputs["perceptual_weights"].for_rows(packing.rows(batch.rows))
         return packing
 
     def checkpoint_layers(self) -> None:
@@ -121,6 +123,17 @@ class VisionLanguageModel(nn.Module):
         # transformers makes the embeddings' output require a gradient, which only the reentrant form needs: a frozen
         # LLM would be run backwards below the first placed layer too, for a gradient that nobody reads.
         self.llm.disable_input_require_grads()
+
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Run the decoder layers through `torch.compile`, deltas included. It compiles during the first steps.
+
+        Layers of one kind share their code: one compilation for layers with deltas and one for those without, then
+        another of each for sizes that change from batch to batch. Parameters must be whole (no ZeRO-3).
+        """
+        # Training, validation and generation are a kind each; past the limit a layer runs uncompiled.
+        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+        for layer in decoder_layers(self.llm):
+            compile_forward(layer, backend=backend)
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, pad_token_id: int, eos_token_id: int) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from model.ops import Rows
+from model.ops import Rows, Segments
 from model.placement import Placement, Site, decoder_layers
 
 
@@ -22,14 +22,15 @@ class PerceptualWeights:
         a: Per site, the generated factor [S, d_in, r].
         b: Per site, the learned factor [r, d_out], the same for all samples.
         scale: alpha / r.
-        rows: The sample of each text row; None: row i is sample i, and a single sample serves every row.
+        rows: The sample of each text row; None: row i is sample i, and a single sample serves every row. `Segments`:
+            the rows of one input, laid out (what a compiled layer needs).
     """
 
     placement: Placement
     a: dict[Site, Tensor]
     b: dict[Site, Tensor]
     scale: float
-    rows: Rows | None = None
+    rows: Rows | Segments | None = None
 
     @property
     def n_samples(self) -> int:
@@ -40,7 +41,7 @@ class PerceptualWeights:
         """The factors of one decoder layer by type."""
         return {site.type: (self.a[site], self.b[site]) for site in self.placement.sites if site.layer == layer}
 
-    def for_rows(self, rows: Rows | None) -> PerceptualWeights:
+    def for_rows(self, rows: Rows | Segments | None) -> PerceptualWeights:
         """The same weights for other text rows."""
         return replace(self, rows=rows)
 

@@ -126,6 +126,8 @@ class EngineConfig:
         micro_batch_size: Samples per rank and forward pass; null: the rank's whole share of the batch.
         gradient_checkpointing: Recompute the decoder layers in the backward pass (non-reentrant): `true`, `false`, or
             `auto`: where the estimate of `train.memory` says that a step does not fit without (docs/performance.md).
+        compile: Backend of `torch.compile` for the decoder layers, `inductor` or (to find faults) `aot_eager`; null:
+            none. Needs `zero_stage` 0 to 2 (docs/performance.md).
         memory_gib: Memory of one rank, for `auto`; null: the GPU's, or the host's divided by its ranks.
         overlap_comm, reduce_bucket_size, prefetch_bucket_size, persistence_threshold, max_live_parameters,
             sub_group_size: ZeRO-3's settings of these names; sizes in elements.
@@ -141,6 +143,7 @@ class EngineConfig:
     precision: str = "bf16"
     micro_batch_size: int | None = None
     gradient_checkpointing: Any = False
+    compile: str | None = None
     memory_gib: float | None = None
     overlap_comm: bool = True
     reduce_scatter: bool = True
@@ -359,9 +362,15 @@ def validate(config: RunConfig) -> None:
     one_of("connector.name", config.connector.name, ("vlora", "mlp", "qformer"))
     one_of("generator.init", generator.init, ("paper", "stable"))
     one_of("ops.backend", config.ops.backend, BACKENDS)
+    one_of("engine.compile", engine.compile, (None, "inductor", "aot_eager"))
     one_of("engine.gradient_checkpointing", engine.gradient_checkpointing, (True, False, "auto"))
     check(engine.memory_gib is None or engine.memory_gib > 0, f"engine.memory_gib={engine.memory_gib}: must be above 0")
     check(engine.zero_stage in (0, 1, 2, 3), f"engine.zero_stage={engine.zero_stage}: choose 0, 1, 2 or 3")
+    check(
+        engine.compile is None or engine.zero_stage < 3,
+        f"engine.compile={engine.compile} needs engine.zero_stage=2 or less: ZeRO-3 gathers parameters in hooks around "
+        "every module, which torch.compile cannot look through",
+    )
     try:
         parse_types(generator.types)
     except ValueError as error:

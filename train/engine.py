@@ -168,6 +168,8 @@ class Engine:
         world = torch.distributed.get_world_size()
         if config.engine.gradient_checkpointing:
             model.checkpoint_layers()
+        if config.engine.compile:
+            model.compile_layers(config.engine.compile)
         groups = parameter_groups(model, config.optim)
         factor = schedule(config.optim, total_steps)
         buffers = {name: buffer.clone() for name, buffer in model.connector.named_buffers()}

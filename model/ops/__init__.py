@@ -4,7 +4,7 @@ from model.ops.backend import BACKENDS, set_backend
 from model.ops.lowrank import lowrank_delta, lowrank_linear, lowrank_linear_group
 from model.ops.merge import MERGEABLE, Merged, MergeError, Placed, merge_, merge_errors, merge_shard, restore_
 from model.ops.perceptual import split_perceptual
-from model.ops.rows import NO_SAMPLE, Rows
+from model.ops.rows import NO_SAMPLE, Rows, Segments
 
 __all__ = [
     "BACKENDS",
@@ -14,6 +14,7 @@ __all__ = [
     "Merged",
     "Placed",
     "Rows",
+    "Segments",
     "lowrank_delta",
     "lowrank_linear",
     "lowrank_linear_group",

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import register_flop_formula
 from model.ops import cpu, reference
 from model.ops.backend import backend_for
 from model.ops.partitioned import gathered
-from model.ops.rows import Rows, Segments, as_rows
+from model.ops.rows import Rows, Segments, as_segments
 
 
 def lowrank_linear(
@@ -36,7 +36,7 @@ def lowrank_linear(
     scale: float,
     *,
     bias: Tensor | None = None,
-    rows: Rows | Tensor | None = None,
+    rows: Rows | Segments | Tensor | None = None,
 ) -> Tensor:
     """A linear layer plus the low-rank update of each token's sample: ``x Wᵀ + bias + scale * (x A_s) B``.
 
@@ -69,7 +69,7 @@ def lowrank_linear_group(
     scale: float,
     *,
     biases: Sequence[Tensor] = (),
-    rows: Rows | Tensor | None = None,
+    rows: Rows | Segments | Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """``lowrank_linear`` for G projections that share x (q, k, v; gate, up): one shrink, one dx.
 
@@ -93,7 +93,9 @@ def lowrank_linear_group(
     return _apply(x, list(weights), list(biases), list(a), list(b), scale, rows)
 
 
-def lowrank_delta(x: Tensor, a: Tensor, b: Tensor, scale: float, *, rows: Rows | Tensor | None = None) -> Tensor:
+def lowrank_delta(
+    x: Tensor, a: Tensor, b: Tensor, scale: float, *, rows: Rows | Segments | Tensor | None = None
+) -> Tensor:
     """Only the low-rank term, ``scale * (x A_s) B``: for the ``m`` type, parallel to the whole MLP.
 
     Arguments, result and errors as for ``lowrank_linear``; rows without an image are zero.
@@ -108,15 +110,11 @@ def _apply(
     a: list[Tensor],
     b: list[Tensor],
     scale: float,
-    rows: Rows | Tensor | None,
+    rows: Rows | Segments | Tensor | None,
 ) -> tuple[Tensor, ...]:
     _check(x, weights, biases, a, b)
-    lead, length = x.shape[:-1], x.shape[1] if x.dim() == 3 else 1
-    rows = as_rows(rows, a[0].shape[0], x.shape[0])
-    tokens = x.reshape(-1, x.shape[-1])
-    if rows.tokens(length) != tokens.shape[0]:
-        raise ValueError(f"rows describe {rows.tokens(length)} tokens, but x is {tuple(x.shape)}")
-    segments = rows.segments(length, x.device)
+    lead, tokens = x.shape[:-1], x.reshape(-1, x.shape[-1])
+    segments = as_segments(rows, a[0].shape[0], lead, x.device)
     if backend_for(x.device) == "reference":
         outputs = reference.lowrank_linear_group(tokens, weights, biases, a, b, scale, segments)
     else:
@@ -166,7 +164,7 @@ def lowrank_linear_op(
     scale: float,
 ) -> list[Tensor]:
     """G outputs [T, d_out_g] and z [G, T, r]. ``x`` [T, d_in]; ``segments`` as ``Segments.tensors()``."""
-    segments = Segments(*segments, per_sample, max_len)
+    segments = Segments(*segments, per_sample, max_len, x.shape[0])
     return forward(_kernels(x.device), x, weights, biases, a, b, scale, segments)
 
 
@@ -219,7 +217,7 @@ def lowrank_linear_backward_op(
     need_dbias: bool,
 ) -> list[Tensor]:
     """The gradients asked for, and only those: dx, da [G, S, d_in, r], db per g, dW per g, dbias per g."""
-    segments = Segments(*segments, per_sample, max_len)
+    segments = Segments(*segments, per_sample, max_len, x.shape[0])
     needs = (need_dx, need_da, need_db, need_dw, need_dbias)
     return backward(_kernels(x.device), dy, x, weights, a, b, z, scale, segments, *needs)
 

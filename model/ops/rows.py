@@ -24,6 +24,7 @@ class Segments:
         first: int32 [S + 1]; the segments of sample s are ``order[first[s]:first[s + 1]]``.
         per_sample: n > 0 when token t belongs to sample ``t // n`` throughout (a reshape replaces all lookups), else 0.
         max_len: tokens of the longest segment.
+        n_tokens: T, the tokens of all segments.
     """
 
     offsets: Tensor
@@ -32,6 +33,12 @@ class Segments:
     first: Tensor
     per_sample: int
     max_len: int
+    n_tokens: int
+
+    @property
+    def n_samples(self) -> int:
+        """S."""
+        return self.first.shape[0] - 1
 
     def tensors(self) -> list[Tensor]:
         """The four index tensors, as the ops take them."""
@@ -85,10 +92,6 @@ class Rows:
             self._cache[key] = self._build(length, device)
         return self._cache[key]
 
-    def tokens(self, length: int) -> int:
-        """Tokens in all rows of ``length``, or in all packed segments."""
-        return len(self.sample) * length if self.offsets is None else self.offsets[-1]
-
     def _build(self, length: int, device: torch.device) -> Segments:
         offsets = self.offsets or tuple(range(0, (len(self.sample) + 1) * length, length or 1))[: len(self.sample) + 1]
         if length == 0 and self.offsets is None:
@@ -105,9 +108,8 @@ class Rows:
             return torch.tensor(values, dtype=torch.int32).to(device)
 
         lengths = [e - s for s, e in zip(offsets, offsets[1:], strict=False)]
-        return Segments(
-            put(offsets), put(self.sample), put(order), put(first), self._per_sample(lengths), max(lengths, default=0)
-        )
+        layout = (self._per_sample(lengths), max(lengths, default=0), offsets[-1])
+        return Segments(put(offsets), put(self.sample), put(order), put(first), *layout)
 
     def _per_sample(self, lengths: list[int]) -> int:
         """n when the samples are 0, 0, …, 1, 1, … with n tokens each, else 0."""
@@ -126,19 +128,26 @@ def _unnamed(n_samples: int, n_rows: int) -> Rows:
     return Rows((0,) * n_rows if n_samples == 1 else tuple(range(n_samples)), n_samples)
 
 
-def as_rows(rows: Rows | Tensor | None, n_samples: int, n_rows: int) -> Rows:
-    """What the public functions accept as ``rows``, as ``Rows``: None is row i for sample i, or one sample for all.
+def as_segments(
+    rows: Rows | Segments | Tensor | None, n_samples: int, lead: Sequence[int], device: torch.device
+) -> Segments:
+    """What the public functions accept as ``rows``, laid out for x [R, L, ...] or [T, ...] whose ``lead`` is (R, L) or
+    (T,). None is row i for sample i, or one sample for all.
 
     Raises:
-        ValueError: ``rows`` was built for another number of samples.
+        ValueError: ``rows`` was built for another number of samples or tokens.
     """
+    length = lead[1] if len(lead) == 2 else 1
     if rows is None:
-        return _unnamed(n_samples, n_rows)
-    if isinstance(rows, Tensor):
-        return Rows.padded(rows, n_samples)
-    if rows.n_samples != n_samples:
-        raise ValueError(f"rows were built for {rows.n_samples} samples, but a holds {n_samples}")
-    return rows
+        rows = _unnamed(n_samples, lead[0])
+    elif isinstance(rows, Tensor):
+        rows = Rows.padded(rows, n_samples)
+    segments = rows.segments(length, device) if isinstance(rows, Rows) else rows
+    if segments.n_samples != n_samples:
+        raise ValueError(f"rows were built for {segments.n_samples} samples, but a holds {n_samples}")
+    if segments.n_tokens != lead[0] * length:
+        raise ValueError(f"rows describe {segments.n_tokens} tokens, but x holds {lead[0] * length}")
+    return segments
 
 
 def _ints(values: Tensor | Sequence[int]) -> list[int]:

@@ -135,6 +135,7 @@ TRAJECTORIES = {
     # Micro-steps counted out by tokens: another number of them in every step.
     "by_tokens": ("finetune", {}),
     "reduced_in_bf16": ("finetune", {**DEMO, "reduce_dtype": "bf16"}),
+    "compiled": ("finetune", {"zero_stage": 2, "compile": "aot_eager"}),
 }  # fmt: skip
 
 

@@ -69,6 +69,7 @@ def test_a_saved_configuration_loads_as_it_was(tmp_path):
         ("engine.gradient_checkpointing=maybe", r"gradient_checkpointing=maybe: choose one of true, false, auto"),
         ("engine.gradient_checkpointing=1", r"gradient_checkpointing=1: choose one of true, false, auto"),
         ("engine.memory_gib=0", r"engine\.memory_gib=0.*above 0"),
+        ("engine.compile=inductor", r"engine\.compile=inductor needs engine\.zero_stage=2 or less"),
         ("engine.zero_stage=auto", r"`engine\.zero_stage`.*auto"),
     ],
 )

@@ -35,7 +35,7 @@ def test_gradients_equal_plain_torch(results):
     assert {name: value for name, value in cases.items() if not value < 1e-5} == {}
 
 
-@pytest.mark.parametrize("name", ["partitioned", "kept_whole", "frozen_kept_whole", "packed", "by_tokens"])
+@pytest.mark.parametrize("name", ["partitioned", "kept_whole", "frozen_kept_whole", "packed", "by_tokens", "compiled"])
 def test_three_steps_with_accumulation_and_clipping_equal_plain_torch(results, name):
     assert results[f"trajectory/{name}/grad_norm"] < 1e-5
     assert results[f"trajectory/{name}/weights"] < 2e-5

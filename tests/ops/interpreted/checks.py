@@ -55,7 +55,7 @@ def layout(name: str) -> tuple[Segments, Tensor, int, int]:
     offsets = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     segments = Rows.packed(offsets, samples, n).segments(0, torch.device("cpu"))
     of_token = torch.tensor(samples).repeat_interleave(torch.tensor(lengths))
-    segments = Segments(*map(guarded, segments.tensors()), segments.per_sample, segments.max_len)
+    segments = Segments(*map(guarded, segments.tensors()), segments.per_sample, segments.max_len, segments.n_tokens)
     return segments, of_token, sum(lengths), n
 
 
