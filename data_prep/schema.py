@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import uuid
 from collections import Counter, OrderedDict
@@ -358,6 +359,26 @@ def read_manifest(folder: Path) -> Manifest:
     )
 
 
+class _OpenShard:
+    """A shard's file, mapped.
+
+    Raises:
+        pa.ArrowException, OSError, ValueError: it is no Arrow file.
+    """
+
+    def __init__(self, file: Path) -> None:
+        with file.open("rb") as stream:
+            self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        self.reader = pa.ipc.open_file(pa.py_buffer(self._map))
+
+    def release(self) -> None:
+        """Take the pages read so far out of this process; they stay in the machine's page cache.
+
+        Without this a process that reads in random order ends with all shards resident.
+        """
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+
 class Split:
     """A prepared split, read by memory mapping: nothing is held in memory but the positions of the shards.
 
@@ -379,7 +400,7 @@ class Split:
         for shard in self.manifest.shards if whole else ():
             _check_size(self.folder, shard)
         self._starts = np.cumsum([0] + [shard["samples"] for shard in self.manifest.shards])
-        self._readers: OrderedDict[int, pa.ipc.RecordBatchFileReader] = OrderedDict()
+        self._opened: OrderedDict[int, _OpenShard] = OrderedDict()
         self._sound: set[int] = set()
         self._index: np.ndarray | None = None
 
@@ -387,7 +408,7 @@ class Split:
         return self.manifest.samples
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_readers": OrderedDict(), "_index": None}
+        return {**self.__dict__, "_opened": OrderedDict(), "_index": None}
 
     @property
     def fingerprint(self) -> str:
@@ -401,19 +422,19 @@ class Split:
         """File of the shard that holds sample ``position``."""
         return self.folder / self.manifest.shards[self._shard(position)]["file"]
 
-    def _reader(self, number: int) -> pa.ipc.RecordBatchFileReader:
+    def _open(self, number: int) -> _OpenShard:
         """Shard ``number``, opened, and on the first time checked as a whole, so that whether a shard is corrupt does
         not depend on which of its samples is asked for."""
-        if number in self._readers:
-            self._readers.move_to_end(number)
-            return self._readers[number]
+        if number in self._opened:
+            self._opened.move_to_end(number)
+            return self._opened[number]
         shard = self.manifest.shards[number]
         file = self.folder / shard["file"]
         _check_size(self.folder, shard)
         try:
-            reader = pa.ipc.open_file(pa.memory_map(str(file)))
+            opened = _OpenShard(file)
             if number not in self._sound:
-                _check_structure(reader, shard["samples"])
+                _check_structure(opened, shard["samples"])
                 self._sound.add(number)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise CorruptShardError(
@@ -421,10 +442,10 @@ class Split:
                 file,
                 shard["samples"],
             ) from error
-        if len(self._readers) >= OPEN_SHARDS:
-            self._readers.popitem(last=False)
-        self._readers[number] = reader
-        return reader
+        if len(self._opened) >= OPEN_SHARDS:
+            self._opened.popitem(last=False)
+        self._opened[number] = opened
+        return opened
 
     def __getitem__(self, position: int) -> Sample:
         return Sample(**self._read(position, ARROW.names))
@@ -438,8 +459,11 @@ class Split:
             raise IndexError(f"sample {position} of {len(self)}")
         number = self._shard(position)
         at, row = divmod(position - int(self._starts[number]), self.manifest.rows_per_batch)
-        batch = self._reader(number).get_batch(at)
-        return {name: batch.column(name)[row].as_py() for name in columns}
+        shard = self._open(number)
+        batch = shard.reader.get_batch(at)
+        found = {name: batch.column(name)[row].as_py() for name in columns}
+        shard.release()
+        return found
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[position] for position in range(len(self)))
@@ -482,12 +506,13 @@ def _check_size(folder: Path, shard: dict[str, Any]) -> None:
         )
 
 
-def _check_structure(reader: pa.ipc.RecordBatchFileReader, samples: int) -> None:
+def _check_structure(shard: _OpenShard, samples: int) -> None:
     """That a shard has the schema, the samples and sound offsets and texts; image bytes are not looked at.
 
     Raises:
         pa.ArrowException, ValueError: it has not.
     """
+    reader = shard.reader
     if reader.schema != ARROW:
         raise ValueError(f"its columns are {reader.schema.names}")
     rows = 0
@@ -495,6 +520,7 @@ def _check_structure(reader: pa.ipc.RecordBatchFileReader, samples: int) -> None
         batch = reader.get_batch(number)
         batch.validate(full=True)
         rows += len(batch)
+        shard.release()
     if rows != samples:
         raise ValueError(f"it has {rows} samples, the manifest says {samples}")
 

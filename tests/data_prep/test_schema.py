@@ -89,7 +89,7 @@ def test_more_shards_than_stay_open(tmp_path, monkeypatch):
     prepare(Numbers(5), tmp_path)
     split = Split(tmp_path / "train")
     for position in (3, 45, 21, 33, 3, 10, 49, 3):
-        assert split[position].id == f"s{position}" and len(split._readers) <= 2
+        assert split[position].id == f"s{position}" and len(split._opened) <= 2
     assert split.index()["images"].tolist() == [1] * 50
 
 
