@@ -387,7 +387,8 @@ class Split:
 
     Args:
         folder: ``<root>/<dataset>/<split>``.
-        whole: refuse a split with a missing or cut shard now, not when a sample of it is read.
+        whole: refuse a split with a missing or cut shard now, not when a sample of it is read, and let a corrupt one
+            end an iteration, which otherwise leaves its samples out.
 
     Raises:
         DataError: no manifest.
@@ -395,13 +396,14 @@ class Split:
     """
 
     def __init__(self, folder: Path | str, whole: bool = True) -> None:
-        self.folder = Path(folder)
+        self.folder, self.whole = Path(folder), whole
         self.manifest = read_manifest(self.folder)
         for shard in self.manifest.shards if whole else ():
             _check_size(self.folder, shard)
         self._starts = np.cumsum([0] + [shard["samples"] for shard in self.manifest.shards])
         self._opened: OrderedDict[int, _OpenShard] = OrderedDict()
         self._sound: set[int] = set()
+        self._corrupt: dict[int, CorruptShardError] | None = None
         self._index: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -466,7 +468,33 @@ class Split:
         return found
 
     def __iter__(self) -> Iterator[Sample]:
-        return (self[position] for position in range(len(self)))
+        return (self[position] for position in self.positions())
+
+    def positions(self) -> Iterator[int]:
+        """Positions of all samples, in order, but for those of `corrupt` shards."""
+        for number in range(len(self.manifest.shards)):
+            if number not in self.corrupt():
+                yield from range(int(self._starts[number]), int(self._starts[number + 1]))
+
+    def corrupt(self) -> dict[int, CorruptShardError]:
+        """Shards that cannot be read and may be left out, by number; none, unchecked, where the split must be whole."""
+        if self._corrupt is None:
+            self._corrupt = {}
+            for number in range(0 if self.whole else len(self.manifest.shards)):
+                try:
+                    self._open(number)
+                except CorruptShardError as error:
+                    self._corrupt[number] = error
+        return self._corrupt
+
+    def check(self, positions: np.ndarray) -> None:
+        """Open all shards that hold these samples.
+
+        Raises:
+            CorruptShardError: one cannot be read.
+        """
+        for number in np.unique(np.searchsorted(self._starts, positions, side="right") - 1).tolist():
+            self._open(number)
 
     def index(self) -> np.ndarray:
         """``INDEX`` records of all samples, memory-mapped: shared by all processes of a machine."""

@@ -31,7 +31,7 @@ from model.vlm import VisionLanguageModel, build_model
 from train import config as configuration
 from train import distributed, scoring
 from train.config import DTYPES, ConfigError, RunConfig
-from train.data import EvalLoader, load_preprocessor, make_text, open_split
+from train.data import EvalLoader, load_preprocessor, make_text, open_split, open_train_split
 from train.export import exported_llm, load_connector
 from train.scoring import Question
 
@@ -105,7 +105,7 @@ def training_questions(config: RunConfig) -> list[Question]:
     """All questions with answers that the run's stage trained on; captions are none."""
     found = []
     for source in config.data.train:
-        for sample in open_split(config.data, source.path):
+        for sample in open_train_split(config.data, source.path):
             for dialogue in sample.conversations:
                 user, reply = dialogue[-2]["content"], dialogue[-1]["content"]
                 if user:

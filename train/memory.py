@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedTokenizerBase
 
-from data_prep.errors import DataError
+from data_prep.errors import CorruptShardError, DataError
 from model import loss
 from model.batch import Batch
 from model.connectors import Conditioning, TokenConnector
@@ -25,7 +25,7 @@ from model.ops import Rows
 from model.placement import decoder_layers
 from model.vlm import VisionLanguageModel, build_model
 from train.config import DTYPES, RunConfig
-from train.data import make_text, open_split
+from train.data import make_text, open_train_split
 from train.data.collate import encode_sample
 from train.engine import freeze
 
@@ -114,10 +114,15 @@ def workload(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None, sampl
     lengths, rows, images = [], 1, 1
     try:
         for source in config.data.train if tokenizer is not None else []:
-            split, text = open_split(config.data, source.path), make_text(config.data, tokenizer)
+            split, text = open_train_split(config.data, source.path), make_text(config.data, tokenizer)
             count = min(_ROWS_READ, len(split))
             for number in range(count):
-                sample = split[number * len(split) // count]
+                try:
+                    sample = split[number * len(split) // count]
+                except CorruptShardError:
+                    if split.whole:
+                        raise
+                    continue
                 chosen = list(range(len(sample.conversations)))
                 piece, _ = encode_sample(text, sample, chosen, f"sample {sample.id}")
                 lengths += [len(row.input_ids) for row in piece.rows]

@@ -93,7 +93,7 @@ def check_inputs(report: Report, run_dir: Path) -> None:
     from model.loading import fingerprint
     from train import checkpoint
     from train import config as configuration
-    from train.data import open_split
+    from train.data import open_split, open_train_split
 
     config = configuration.load(run_dir / "config.yaml")
     found = checkpoint.find(run_dir)
@@ -109,9 +109,11 @@ def check_inputs(report: Report, run_dir: Path) -> None:
             report.problems.append(
                 f"{path} has fingerprint {seen}, but {found} was trained with {known[name]}; restore that {name}"
             )
-    for path in [source.path for source in config.data.train] + [p for p in (config.data.val,) if p]:
+    splits = [(source.path, open_train_split) for source in config.data.train]
+    splits += [(config.data.val, open_split)] if config.data.val else []
+    for path, opened in splits:
         try:
-            report.facts[f"data {path}"] = open_split(config.data, path).fingerprint[:16]
+            report.facts[f"data {path}"] = opened(config.data, path).fingerprint[:16]
         except (ValueError, OSError) as error:
             report.problems.append(f"data: {error}")
 

@@ -38,7 +38,8 @@ def predict(
             text = loader.text.dialogue.decode(ids)
             rows.append({"sample": item.sample, "question": item.question, "answer": item.answer, "prediction": text})
     model.train()
-    images = {sample.id: sample.images for sample in loader.split}
+    wanted = {row["sample"] for row in rows}
+    images = {sample.id: sample.images for sample in loader.split if sample.id in wanted}
     for row in rows:
         row["images"] = images[row["sample"]]
     return rows

@@ -24,7 +24,15 @@ from model.weights import base_norms
 from train import checkpoint, distributed, memory, samples
 from train.checkpoint import Progress
 from train.config import DTYPES, RunConfig, accumulation
-from train.data import EvalLoader, TrainLoader, ensure_feature_cache, load_preprocessor, make_text, open_split
+from train.data import (
+    EvalLoader,
+    TrainLoader,
+    ensure_feature_cache,
+    load_preprocessor,
+    make_text,
+    open_split,
+    open_train_split,
+)
 from train.data.collate import ImageInput, dummy_image
 from train.engine import Engine, deepspeed_config, freeze
 from train.export import export, exported_llm, load_connector
@@ -65,6 +73,10 @@ def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: Stop
     loader = TrainLoader(config.data, tokenizer, image, config.seed, rank, world, micro_steps)
     identity["data"] = loader.fingerprint
     total_steps = config.stage.steps or max(1, loader.batching.steps(config.stage.epochs))
+    questions = held_out = None
+    if config.data.val:  # now, so that what is wrong with it is not found at the end of the run
+        questions = _validation(config, tokenizer, image, prompts=True)
+        held_out = _validation(config, tokenizer, image, prompts=False)
 
     config = _settle_checkpointing(config, world, micro_steps, tokenizer, device)
     model = _build(config, world, micro_steps, vision)
@@ -107,22 +119,22 @@ def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: Stop
         tracker = Tracker(config, run_dir, read_record(run_dir), progress.step, facts)
 
     def show_samples(step: int) -> None:
-        rows = samples.predict(engine, _validation(config, tokenizer, image, prompts=True), tokenizer, config)
+        rows = samples.predict(engine, questions, tokenizer, config)
         if tracker is not None:
             samples.write(run_dir, step, rows, tracker)
 
     loop = Loop(
         engine, loader, config, run_dir, identity, progress, total_steps, stop, tracker, flops, norms,
-        on_samples=show_samples if config.data.val else None,
+        on_samples=show_samples if questions else None,
     )  # fmt: skip
     summary: dict[str, Any] = {}
     try:
         finished = loop.run()
         summary |= asdict(progress)
         if finished:
-            if config.data.val:
+            if questions and held_out:
                 show_samples(total_steps)
-                summary["val_loss"] = loop.validate(_validation(config, tokenizer, image, prompts=False))
+                summary["val_loss"] = loop.validate(held_out)
             export(engine, run_dir, tokenizer, config.model, identity)
     finally:
         if tracker is not None:
@@ -169,7 +181,8 @@ def _build(config: RunConfig, world: int, micro_steps: int, vision: torch.nn.Mod
 def _feature_cache(
     config: RunConfig, vision: torch.nn.Module, pixels: Any, identity: dict[str, str], device: torch.device, run: str
 ) -> ImageInput:
-    paths = [source.path for source in config.data.train] + ([config.data.val] if config.data.val else [])
+    splits = [open_train_split(config.data, source.path) for source in config.data.train]
+    splits += [open_split(config.data, config.data.val)] if config.data.val else []
     vision.requires_grad_(False)
     vision.to(device).eval()
 
@@ -179,7 +192,7 @@ def _feature_cache(
     read = config.vision
     return ensure_feature_cache(
         Path(config.cache_dir) / "features",
-        [open_split(config.data, path) for path in dict.fromkeys(paths)],
+        splits,
         pixels,
         encode,
         f"{identity['vision']}/{read.layer}/{read.final_norm}/{read.keep_cls}",

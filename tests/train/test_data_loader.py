@@ -5,6 +5,7 @@ import logging
 import os
 import pickle
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from data_prep import parts
 from data_prep.errors import DataError
 from data_prep.schema import Sample, ShardWriter, Split, merge, read_receipt, write_manifest, write_split
 from model.batch import IGNORE
+from train.config import RunConfig
 from train.data import (
     DataConfig,
     EvalLoader,
@@ -24,7 +26,9 @@ from train.data import (
     TrainLoader,
     ensure_feature_cache,
     make_text,
+    open_train_split,
 )
+from train.evaluate import training_questions
 
 PIXELS = PixelPreprocessor("resize", 8, 8, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 
@@ -239,6 +243,50 @@ def test_a_corrupt_shard_is_left_out_the_same_everywhere(damaged, tokenizer, cap
         rank.load({"step": 5})  # resumed: the shard may be met for the first time only now
     for step in range(5, 9):
         assert sorted(row for rank in ranks for row in rows(next(rank))) == sorted(expected[step])
+
+
+@pytest.mark.parametrize("damage", ["bytes", "missing"])
+def test_a_feature_cache_leaves_out_what_the_loader_leaves_out(damaged, tokenizer, caplog, tmp_path, damage):
+    if damage == "missing":
+        (damaged / "set" / "shard-00001.arrow").unlink()
+    settings = config(damaged, train=[SourceConfig("set")], batch_size=10, on_corrupt_shard="drop")
+
+    def cache(split):
+        return ensure_feature_cache(
+            tmp_path / "cache", [split], PIXELS, lambda x: x.flatten(2)[:, :, :5], "v", "float32"
+        )
+
+    with caplog.at_level(logging.WARNING):
+        made = cache(open_train_split(settings, "set"))
+    told = [record.getMessage() for record in caplog.records]
+    assert (
+        len(told) == 1 and "shard-00001.arrow" in told[0] and "30 samples are left out of the feature cache" in told[0]
+    )
+    assert len(made) == 30  # of 45 images
+    loader, plain = (TrainLoader(settings, tokenizer, image, seed=2) for image in (made, PIXELS))
+    for _ in range(9):
+        (batch,), (pixels,) = next(loader), next(plain)
+        assert torch.equal(batch.images, pixels.images.flatten(2)[:, :, :5]) or not batch.has_image
+    with pytest.raises(DataError, match=r"^shard \S+/shard-00001.arrow"):
+        cache(open_train_split(config(damaged), "set"))
+
+
+@pytest.mark.parametrize("images", ["own", "shuffled"])
+def test_evaluation_never_leaves_a_corrupt_shard_out(damaged, tokenizer, images):
+    settings = config(damaged, on_corrupt_shard="drop")
+    split, text = Split(damaged / "set"), make_text(settings, tokenizer)
+    with pytest.raises(DataError, match=r"^shard \S+/shard-00001.arrow is corrupt .*evaluation asks everything$"):
+        EvalLoader(split, text, PIXELS, images=images)
+    sound = 0
+    for seed in range(20):  # a choice that needs nothing of the shard is evaluated
+        try:
+            sound += len(list(EvalLoader(split, text, PIXELS, limit=1, images=images, seed=seed)))
+        except DataError:
+            continue
+    assert 0 < sound < 20
+    run = RunConfig(data=replace(settings, train=[SourceConfig("set")]))
+    seen = [int(question.sample[1:]) for question in training_questions(run)]  # those that it was trained on
+    assert seen == [*range(30), *range(60, 90)]
 
 
 def test_workers_killed_and_told_to_stop(root, tokenizer):

@@ -90,9 +90,12 @@ def test_finetuning_resumes_exactly_and_exports_the_llm(home, pretrained, tmp_pa
     assert losses(tmp_path / "whole")[0][1] < losses(pretrained)[0][1]
 
 
-def test_bf16_trains_both_stages(home, tmp_path):
-    """As on a GPU: LLM and connector in bf16 over fp32 master weights."""
-    short = ("stage.steps=6", "engine.precision=bf16", "llm.attn_implementation=sdpa", "launch.threads_per_worker=1")
+def test_bf16_trains_both_stages_on_tiles(home, tmp_path):
+    """As on a GPU: LLM and connector in bf16 over fp32 master weights. Images of several views, a validation split."""
+    short = (
+        "stage.steps=6", "engine.precision=bf16", "llm.attn_implementation=sdpa", "launch.threads_per_worker=1",
+        "vision.image_mode=tiles", "data.val=squares/val", "tracking.num_samples=4",
+    )  # fmt: skip
     first, second = tmp_path / "pretrain", tmp_path / "finetune"
     for arguments in (
         world.overrides(home, first, *short),
@@ -101,6 +104,9 @@ def test_bf16_trains_both_stages(home, tmp_path):
         done = world.train(arguments)
         assert done.returncode == 0, done.stderr
     for run in (first, second):
+        assert [r["step"] for r in read_metrics(run) if "val_loss" in r] == [6]
+        table = (run / "samples" / "step-000006.jsonl").read_text().splitlines()
+        assert len(table) == 4 and {"sample", "question", "answer", "prediction"} == json.loads(table[0]).keys()
         found = [loss for _, loss, _ in losses(run)]
         assert len(found) == 6 and found[-1] < found[0]
         assert {t.dtype for t in load_file(run / "export/connector.safetensors").values() if t.dim() > 1} == {

@@ -3,7 +3,7 @@
 from train.data.collate import Text
 from train.data.config import DataConfig, SourceConfig
 from train.data.features import FeatureCache, ensure_feature_cache
-from train.data.loader import EvalBatch, EvalItem, EvalLoader, TrainLoader, make_text, open_split
+from train.data.loader import EvalBatch, EvalItem, EvalLoader, TrainLoader, make_text, open_split, open_train_split
 from train.data.pixels import PixelPreprocessor, load_preprocessor
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "load_preprocessor",
     "make_text",
     "open_split",
+    "open_train_split",
 ]

@@ -38,7 +38,8 @@ class DataConfig:
         caption_template: that of captions (dialogues with an empty user turn); null: ``template``.
         max_length: longest row in tokens; null: any.
         on_too_long: ``fail``, or ``drop`` the dialogue (counted and reported).
-        on_corrupt_shard: ``fail`` when a shard turns out unreadable, or ``drop`` all its samples (reported once).
+        on_corrupt_shard: ``fail`` when a shard to train on turns out unreadable, or ``drop`` all its samples (reported
+            once); evaluation always fails.
         pad_to_multiple: row length is padded to a multiple of this.
         num_workers: loader processes per rank; 0 loads in the training process.
         prefetch: steps that each loader process prepares ahead; a rank holds at most ``num_workers * prefetch`` of them

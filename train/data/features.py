@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from data_prep.images import ImageError
 from data_prep.schema import Split, digest
 from train.data.pixels import PixelPreprocessor
 
+log = logging.getLogger(__name__)
 DTYPES = {"float32": (torch.float32, np.float32), "bfloat16": (torch.bfloat16, np.uint16)}
 """Names of stored dtypes: (torch, numpy); numpy has no bfloat16, so its bits are kept as uint16."""
 
@@ -80,8 +82,9 @@ def image_key(data: bytes) -> np.uint64:
 
 
 def split_keys(split: Split) -> np.ndarray:
-    """Sorted keys of the different images of a split, from the hashes kept beside its shards."""
-    files = [split.folder / Path(shard["file"]).with_suffix(".hashes.npy") for shard in split.manifest.shards]
+    """Sorted keys of the different images of a split's readable shards, from the hashes kept beside them."""
+    shards = [shard for number, shard in enumerate(split.manifest.shards) if number not in split.corrupt()]
+    files = [split.folder / Path(shard["file"]).with_suffix(".hashes.npy") for shard in shards]
     return np.unique(np.concatenate([np.empty(0, "<u8"), *(np.load(file, allow_pickle=False) for file in files)]))
 
 
@@ -104,7 +107,7 @@ def ensure_feature_cache(
 
     Args:
         folder: parent of the caches; each lies in a folder named by its fingerprint.
-        splits: whose images are needed.
+        splits: whose images are needed; not those of shards that cannot be read, where a split need not be whole.
         pixels: image mode, size and normalisation.
         encode: pixels [I, 3, H, W] -> features [I, P, V].
         vision_fingerprint: of the encoder's weights and of which layer and tokens are read.
@@ -117,6 +120,8 @@ def ensure_feature_cache(
         DataError: an image cannot be read (naming shard and sample), or no room on disk.
     """
     torch_dtype, numpy_dtype = DTYPES[dtype]
+    for problem in [problem for split in splits for problem in split.corrupt().values()] if rank == 0 else ():
+        log.warning("%s; its %d samples are left out of the feature cache", problem, problem.samples)
     keys = np.unique(np.concatenate([np.empty(0, "<u8"), *map(split_keys, splits)]))
     fingerprint = digest(
         [vision_fingerprint, pixels.fingerprint, dtype, hashlib.sha256(keys.astype("<u8").tobytes()).hexdigest()]
@@ -183,7 +188,7 @@ def _batches(
     positions: list[int] = []
     images: list[Tensor] = []
     for split in splits:
-        for number in range(len(split) if left.any() else 0):
+        for number in split.positions() if left.any() else ():
             sample = split[number]
             for data in sample.images:
                 key = image_key(data)

@@ -36,6 +36,15 @@ def open_split(config: DataConfig, path: str, whole: bool = True) -> Split:
     return Split(Path(config.root) / path, whole)
 
 
+def open_train_split(config: DataConfig, path: str) -> Split:
+    """A split to train on: whole, unless ``data.on_corrupt_shard`` says that it may lose shards.
+
+    Raises:
+        DataError: it is not prepared or not whole.
+    """
+    return open_split(config, path, config.on_corrupt_shard == "fail")
+
+
 def make_text(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Text:
     """Text encoders of the configuration.
 
@@ -210,8 +219,7 @@ class TrainLoader:
         if config.on_corrupt_shard not in ("fail", "drop"):
             raise DataError(f"data.on_corrupt_shard={config.on_corrupt_shard}: choose fail or drop")
         self.config = config
-        whole = config.on_corrupt_shard == "fail"
-        self.splits = [open_split(config, source.path, whole) for source in config.train]
+        self.splits = [open_train_split(config, source.path) for source in config.train]
         try:
             self.order = MixtureOrder(
                 [len(split) for split in self.splits], [source.weight for source in config.train], seed
@@ -345,7 +353,7 @@ class EvalLoader:
     """One pass over a split, in its order: every dialogue exactly once over all ranks.
 
     All ranks make the same number of steps (ZeRO-3 needs it); a rank that has run out of dialogues gets *filler*
-    batches without items or targets.
+    batches without items or targets. No question is left out: ``data.on_corrupt_shard`` is for training.
 
     Args:
         split: what to evaluate on.
@@ -360,7 +368,7 @@ class EvalLoader:
         rank, world_size: of the process group.
 
     Raises:
-        DataError: ``images`` is none of these, or there is nothing to shuffle.
+        DataError: ``images`` is none of these, there is nothing to shuffle, or a shard that is needed is corrupt.
     """
 
     def __init__(
@@ -390,6 +398,13 @@ class EvalLoader:
         self._batches: list[list[tuple[int, list[int]]]] = []
         free = 0
         numbers, starts = np.unique(sample, return_index=True)
+        shown = numbers if self._partner is None else np.append(numbers, self._partner[numbers])
+        try:
+            split.check(shown)
+        except CorruptShardError as error:
+            raise DataError(
+                f"{error}. data.on_corrupt_shard=drop is for training: evaluation asks everything"
+            ) from error
         parts = np.split(dialogue, starts[1:])  # one, empty, where there is nothing to evaluate
         for number, chosen in zip(numbers, parts, strict=False):
             chosen = chosen.tolist()
