@@ -168,6 +168,11 @@ def _normalize(config: ModelConfig) -> bool:
     return config.generator.init == "stable" if chosen is None else chosen
 
 
+def visual_tokens(config: ModelConfig, num_patches: int) -> int:
+    """Visual tokens that one image puts into the LLM's input."""
+    return {"mlp": num_patches, "qformer": config.connector.num_queries}.get(config.connector.name, 0)
+
+
 def build_connector(
     config: ModelConfig, placement: Placement | None, num_patches: int, feature_width: int, hidden_size: int
 ) -> Connector:
@@ -176,13 +181,14 @@ def build_connector(
     Raises:
         ValueError: an unknown name.
     """
+    tokens = visual_tokens(config, num_patches)
     match config.connector.name:
         case "vlora":
             return VLoRAConnector(config, placement, num_patches, feature_width)
         case "mlp":
-            return TokenConnector(config, feature_width, MLPProjector(feature_width, hidden_size), num_patches)
+            return TokenConnector(config, feature_width, MLPProjector(feature_width, hidden_size), tokens)
         case "qformer":
             projector = QFormer(config, num_patches, feature_width, hidden_size)
-            return TokenConnector(config, feature_width, projector, config.connector.num_queries)
+            return TokenConnector(config, feature_width, projector, tokens)
         case other:
             raise ValueError(f"connector.name={other!r}: choose vlora, mlp or qformer")

@@ -7,6 +7,7 @@ DeepSpeed 0.19.8's buffers. What the allocator loses to fragmentation is not par
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,12 +21,13 @@ from transformers import PreTrainedTokenizerBase
 from data_prep.errors import CorruptShardError, DataError
 from model import loss
 from model.batch import Batch
-from model.connectors import Conditioning, TokenConnector
+from model.connectors import Conditioning, TokenConnector, visual_tokens
 from model.ops import Rows
 from model.placement import decoder_layers
+from model.vision import build_vision
 from model.vlm import VisionLanguageModel, build_model
 from train.config import DTYPES, RunConfig
-from train.data import make_text, open_train_split
+from train.data import make_text, most_views, open_train_split
 from train.data.collate import encode_sample
 from train.engine import freeze
 
@@ -41,7 +43,7 @@ class Workload:
 
     Attributes:
         samples: Samples with one set of weights each.
-        images: Images of all samples.
+        images: Images of all samples; a tile is one.
         rows: Text rows.
         length: Tokens of the longest row.
         mean_length: Tokens of a row on average; what packing needs.
@@ -106,12 +108,22 @@ def available(config: RunConfig, device: torch.device | None = None, local_world
     return min(limits) // local_world
 
 
+def image_tokens(config: RunConfig) -> int:
+    """Visual tokens that an image adds to every row of its sample, at most."""
+    patches = 0
+    if config.connector.name == "mlp":
+        patches = build_vision(config.vision, torch.float32, meta=True).num_patches
+    return most_views(config.vision) * visual_tokens(config.model, patches)
+
+
 def workload(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None, samples: int) -> Workload:
-    """The largest micro-batch of `samples` samples: lengths of samples spread evenly over every source.
+    """The largest micro-batch of `samples` samples, or of as many average ones as `data.tokens_per_micro_batch` has
+    room for: lengths of samples spread evenly over every source.
 
     Without a tokenizer, or where a source is not prepared yet, the longest row that `data.max_length` allows.
     """
-    lengths, rows, images = [], 1, 1
+    lengths, sizes, rows, images = [], [], 1, 1
+    most, visual = config.data.dialogues_per_sample, image_tokens(config)
     try:
         for source in config.data.train if tokenizer is not None else []:
             split, text = open_train_split(config.data, source.path), make_text(config.data, tokenizer)
@@ -125,14 +137,21 @@ def workload(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None, sampl
                     continue
                 chosen = list(range(len(sample.conversations)))
                 piece, _ = encode_sample(text, sample, chosen, f"sample {sample.id}")
-                lengths += [len(row.input_ids) for row in piece.rows]
+                found = [len(row.input_ids) for row in piece.rows]
+                lengths += found
+                drawn = min(len(found), most or len(found))
+                sizes.append(drawn * (sum(found) / max(1, len(found)) + len(sample.images) * visual))
                 rows, images = max(rows, len(chosen)), max(images, len(sample.images))
     except (DataError, OSError):  # the run itself reports what is wrong with its data
         lengths = []
-    rows = min(rows, config.data.dialogues_per_sample or rows) if lengths else config.data.dialogues_per_sample or 1
+    rows = min(rows, most or rows) if lengths else most or 1
     longest = max(lengths, default=config.data.max_length or 2048)
     mean = sum(lengths) / len(lengths) if lengths else longest
-    return Workload(samples, samples * images, samples * rows, longest, mean, bool(lengths))
+    if (budget := config.data.tokens_per_micro_batch) is not None:
+        average = sum(sizes) / len(sizes) if lengths else rows * (longest + images * visual)
+        samples = min(samples, math.ceil(budget / average))
+    views = images * most_views(config.vision)
+    return Workload(samples, samples * views, samples * rows, longest, mean, bool(lengths))
 
 
 def plan(config: RunConfig, world_size: int, load: Workload) -> MemoryPlan:

@@ -70,7 +70,8 @@ def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: Stop
         image = _feature_cache(config, vision, pixels, identity, device, read_record(run_dir)["id"])
         vision.encoder = None  # its sizes are still needed, its weights are not
         gc.collect()
-    loader = TrainLoader(config.data, tokenizer, image, config.seed, rank, world, micro_steps)
+    image_tokens = memory.image_tokens(config)
+    loader = TrainLoader(config.data, tokenizer, image, config.seed, rank, world, micro_steps, image_tokens)
     identity["data"] = loader.fingerprint
     total_steps = config.stage.steps or max(1, loader.batching.steps(config.stage.epochs))
     questions = held_out = None

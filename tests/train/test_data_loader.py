@@ -178,19 +178,25 @@ def test_grouping_shortens_rows(root, tokenizer):
     assert padding("length") < 0.8 * padding("none")
 
 
-def test_tokens_bound_micro_batches_and_change_nothing_else(root, tokenizer):
+@pytest.mark.parametrize(("image_tokens", "budget"), [(0, 45), (9, 120)])
+def test_tokens_bound_micro_batches_and_change_nothing_else(root, tokenizer, image_tokens, budget):
     """Every rank has as many micro-batches, none above the budget, and a step holds what it holds without."""
     plain = TrainLoader(config(root), tokenizer, PIXELS, seed=5)
     expected = [rows(next(plain)) for _ in range(4)]
-    settings = config(root, tokens_per_micro_batch=45)
+
+    def tokens(batch):
+        images = torch.bincount(batch.image_to_sample[batch.image_weight > 0], minlength=batch.n_samples)
+        return int(batch.attention_mask.sum() + image_tokens * images[batch.row_to_sample].sum())
+
+    settings = config(root, tokens_per_micro_batch=budget)
     counts = []
     for world in (1, 2, 4):
-        ranks = [TrainLoader(settings, tokenizer, PIXELS, 5, rank, world) for rank in range(world)]
+        ranks = [TrainLoader(settings, tokenizer, PIXELS, 5, rank, world, 1, image_tokens) for rank in range(world)]
         assert ranks[0].fingerprint == plain.fingerprint
         for step in range(4):
             parts = [next(rank) for rank in ranks]
             assert len({len(part) for part in parts}) == 1
-            assert max(int(batch.attention_mask.sum()) for part in parts for batch in part) <= 45
+            assert max(tokens(batch) for part in parts for batch in part) <= budget
             empty = ([], b"")
             found = [row for part in parts for batch in part if batch.n_targets for row in rows([batch])]
             assert sorted(row for row in found if row != empty) == sorted(expected[step])

@@ -3,12 +3,15 @@
 import pytest
 import torch
 
+from data_prep.schema import Sample, write_split
+from data_prep.tiny_llm import build_tokenizer
 from model import loss
 from model.batch import IGNORE
 from model.vlm import build_model
 from tests.model import parts
 from train import memory
 from train.config import RunConfig, StageConfig, TrainedParts
+from train.data import DataConfig, SourceConfig
 from train.engine import freeze
 from train.memory import MemoryPlan, Workload
 
@@ -89,6 +92,27 @@ def test_activations_are_those_of_a_real_pass(stage, connector, pack_tokens):
     moment = max(min(12 * 33 * 512, loss.CHUNK_LOGITS) * 8, 3 * rows * 160 * 4)
     assert (found.activations - factors - moment) / total == pytest.approx(1, abs=0.03)
     assert found.checkpointed < found.activations
+
+
+@pytest.mark.parametrize(("mode", "views"), [("resize", 1), ("tiles", 5)])
+def test_the_micro_batch_that_a_token_budget_has_room_for(tmp_path, mode, views):
+    """Four words and an end, two of three dialogues drawn, two images of four visual tokens a view in each row."""
+    talk = [[{"role": "user", "content": ""}, {"role": "assistant", "content": "a red square here"}]] * 3
+    write_split(tmp_path / "set", [Sample(f"{n}", [b"1", b"2"], talk, "made") for n in range(50)])
+    config = configuration()
+    config.data = DataConfig(str(tmp_path), [SourceConfig("set")], template="bare", dialogues_per_sample=2)
+    config.vision.image_mode = mode
+    tokenizer = build_tokenizer(["a red square here"])
+    length = memory.workload(config, tokenizer, 25).length
+    for name, visual in (("vlora", 0), ("mlp", 4), ("qformer", 3)):
+        config.connector.name, config.connector.num_heads, config.connector.num_queries = name, 4, 3
+        assert memory.image_tokens(config) == views * visual
+        assert build_model(config.model, meta=True).connector.visual_tokens == visual
+        config.data.tokens_per_micro_batch = 10 * 2 * (length + 2 * views * visual) - 1
+        found = memory.workload(config, tokenizer, 25)
+        assert (found.samples, found.images, found.rows, found.length) == (10, 20 * views, 20, length)
+        config.data.tokens_per_micro_batch = None
+        assert memory.workload(config, tokenizer, 25).samples == 25
 
 
 def test_only_layers_with_a_graph_count():

@@ -4,7 +4,7 @@ from train.data.collate import Text
 from train.data.config import DataConfig, SourceConfig
 from train.data.features import FeatureCache, ensure_feature_cache
 from train.data.loader import EvalBatch, EvalItem, EvalLoader, TrainLoader, make_text, open_split, open_train_split
-from train.data.pixels import PixelPreprocessor, load_preprocessor
+from train.data.pixels import PixelPreprocessor, load_preprocessor, most_views
 
 __all__ = [
     "DataConfig",
@@ -19,6 +19,7 @@ __all__ = [
     "ensure_feature_cache",
     "load_preprocessor",
     "make_text",
+    "most_views",
     "open_split",
     "open_train_split",
 ]

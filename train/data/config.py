@@ -30,9 +30,9 @@ class DataConfig:
         group_by: which samples share a step and how they are dealt to ranks and micro-batches (`Batching`): ``none``,
             as the order has them; ``length``; ``length_modality``, samples with and without images apart.
         group_window: steps among which samples change places for it; 1: only within a step.
-        tokens_per_micro_batch: a rank's micro-batch holds at most so many text tokens (more only where one sample has
-            more), and each step has as many micro-steps as it needs, the same number on all ranks; null:
-            ``engine.micro_batch_size`` samples.
+        tokens_per_micro_batch: a rank's micro-batch holds at most so many tokens, visual ones of ``connector=mlp`` and
+            ``qformer`` counted (more only where one sample has more), and each step has as many micro-steps as it
+            needs, the same number on all ranks; null: ``engine.micro_batch_size`` samples.
         dialogues_per_sample: dialogues drawn from a sample each time it comes up; null: all.
         template: text template of dialogues, see ``data_prep.templates``.
         caption_template: that of captions (dialogues with an empty user turn); null: ``template``.

@@ -105,9 +105,10 @@ class _Steps(Dataset):
         rank: int,
         world_size: int,
         accumulation: int,
+        image_tokens: int,
     ) -> None:
         self.splits, self.batching, self.text, self.image = splits, batching, text, image
-        self.config, self.seed = config, seed
+        self.config, self.seed, self.image_tokens = config, seed, image_tokens
         self.place = rank, world_size, accumulation
         self.dummy = dummy_image(image)
 
@@ -138,11 +139,11 @@ class _Steps(Dataset):
         if budget is None:
             return self.batching.deal(draws, *self.place)
         images, _ = self.batching.sizes(draws)
-        tokens = np.array([self._tokens(*draw) for draw in draws])
+        tokens = np.array([self._tokens(*draw, seen) for draw, seen in zip(draws, images.tolist(), strict=True)])
         rank, world_size, _ = self.place
         return [draws.take(ranks[rank]) for ranks in deal_by_tokens(tokens, images, world_size, budget)]
 
-    def _tokens(self, source: int, sample: int, epoch: int) -> int:
+    def _tokens(self, source: int, sample: int, epoch: int, images: int) -> int:
         """Of a sample that may be another rank's, so its images are not read; 0 where its shard is left out."""
         try:
             piece, _ = self._encode(self.splits[source].text(sample), source, sample, epoch)
@@ -150,7 +151,7 @@ class _Steps(Dataset):
             if self.config.on_corrupt_shard == "fail":
                 raise
             return 0
-        return sum(len(row.input_ids) for row in piece.rows)
+        return sum(len(row.input_ids) + images * self.image_tokens for row in piece.rows)
 
     def _encode(self, content: Sample, source: int, sample: int, epoch: int) -> tuple[Piece, int]:
         split = self.splits[source]
@@ -186,6 +187,7 @@ class TrainLoader:
         rank, world_size: of the process group.
         accumulation: micro-batches per step and rank; with ``data.tokens_per_micro_batch`` each step has as many as its
             tokens need, the same number on all ranks.
+        image_tokens: visual tokens that an image of a sample adds to each of its rows, at most; they count there.
 
     Attributes:
         dropped: dialogues left out as too long since this process started.
@@ -204,6 +206,7 @@ class TrainLoader:
         rank: int = 0,
         world_size: int = 1,
         accumulation: int = 1,
+        image_tokens: int = 0,
     ) -> None:
         if not config.train:
             raise DataError("data.train is empty: name at least one prepared split")
@@ -232,7 +235,9 @@ class TrainLoader:
         except ValueError as error:
             raise DataError(str(error)) from error
         text = make_text(config, tokenizer)
-        self._steps = _Steps(self.splits, self.batching, text, image, config, seed, rank, world_size, accumulation)
+        self._steps = _Steps(
+            self.splits, self.batching, text, image, config, seed, rank, world_size, accumulation, image_tokens
+        )
         self._next = 0
         self._iterator: Iterator[_Step] | None = None
         self.dropped = 0

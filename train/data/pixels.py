@@ -154,6 +154,11 @@ def best_grid(size: tuple[int, int], tile: int, max_tiles: int) -> tuple[int, in
     return max(grids(max_tiles), key=merit)
 
 
+def most_views(vision: VisionConfig) -> int:
+    """Views of an image at most."""
+    return 1 + vision.max_tiles if vision.image_mode == "tiles" else 1
+
+
 def load_preprocessor(vision: VisionConfig) -> PixelPreprocessor:
     """Settings from an encoder's ``preprocessor_config.json``.
 
