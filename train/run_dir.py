@@ -27,7 +27,10 @@ from train.config import RunConfig
 _CODE = Path(__file__).resolve().parents[1]
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "hydra-core", "wandb", "safetensors", "triton")
 # Where and how a run is executed may change between its lifetimes; what it computes may not.
-_MAY_CHANGE = ("launch", "tracking", "checkpoint", "evaluation", "run_dir", "output_root", "cache_dir", "check")
+_MAY_CHANGE = {
+    "launch", "tracking", "checkpoint", "evaluation", "run_dir", "output_root", "cache_dir", "check",
+    "data.root", "data.num_workers", "data.prefetch", "data.on_corrupt_shard",
+}  # fmt: skip
 
 
 def create(config: RunConfig) -> Path:
@@ -70,8 +73,8 @@ def _require_same(old: RunConfig, new: RunConfig, path: Path) -> None:
 
     before, after = (OmegaConf.to_container(OmegaConf.structured(c)) for c in (old, new))
     for key in _flat(after) | _flat(before):
-        group = key.split(".")[0]
-        if group not in _MAY_CHANGE and _at(before, key) != _at(after, key):
+        fixed = _MAY_CHANGE.isdisjoint((key, key.split(".")[0]))
+        if fixed and _at(before, key) != _at(after, key):
             raise UserError(
                 f"run_dir={path} holds a run with {key}={_at(before, key)}, now it is {_at(after, key)}; "
                 "give the same value to continue it, or another run_dir for a new run"

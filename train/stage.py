@@ -29,6 +29,7 @@ from train.data import (
     TrainLoader,
     ensure_feature_cache,
     load_preprocessor,
+    loader_errors,
     make_text,
     open_split,
     open_train_split,
@@ -44,6 +45,7 @@ from train.summary import describe, parameter_counts
 from train.tracking import Tracker
 
 
+@loader_errors()
 def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: StopRequest) -> bool:
     """Run (or go on with) the stage of a run directory. Collective.
 

@@ -5,6 +5,7 @@ import logging
 import os
 import pickle
 import signal
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -25,6 +26,7 @@ from train.data import (
     SourceConfig,
     TrainLoader,
     ensure_feature_cache,
+    loader_errors,
     make_text,
     open_train_split,
 )
@@ -316,6 +318,19 @@ def test_workers_killed_and_told_to_stop(root, tokenizer):
     while len(seen) < 6:
         seen.append(rows(next(again)))
     assert seen == expected
+
+
+def test_a_worker_killed_while_nothing_is_loaded_is_named_too(root, tokenizer):
+    """torch's signal handler raises in the middle of whatever the process is doing."""
+    loader = TrainLoader(config(root, num_workers=1, prefetch=1), tokenizer, PIXELS, seed=5)
+    next(loader)
+    (worker,) = loader._iterator._workers
+    with pytest.raises(DataError, match="DataLoader worker .*Killed.*newest checkpoint"), loader_errors():
+        os.kill(worker.pid, signal.SIGKILL)
+        for _ in range(1000):
+            time.sleep(0.01)
+    with pytest.raises(RuntimeError, match="^another"), loader_errors():
+        raise RuntimeError("another")
 
 
 def test_tiles_are_images_of_their_sample(root, tokenizer):

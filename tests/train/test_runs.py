@@ -1,9 +1,11 @@
 """Whole runs through `python -m train`: two ranks, ZeRO-3, interrupted and resumed, and wrong in every way."""
 
 import json
+import re
 import shutil
 import signal
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -68,6 +70,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(home, pretrained, tmp_p
 
 
 def test_finetuning_resumes_exactly_and_exports_the_llm(home, pretrained, tmp_path):
+    """Cut short by the death of a loader process, which ends the run with one line."""
+
     def arguments(run):
         return world.overrides(
             home, tmp_path / run, "stage=finetune", f"init_from={pretrained}", "stage.steps=20", "checkpoint.every=5",
@@ -75,9 +79,14 @@ def test_finetuning_resumes_exactly_and_exports_the_llm(home, pretrained, tmp_pa
         )  # fmt: skip
 
     assert world.train(arguments("whole")).returncode == 0
-    process = world.start(arguments("cut"))
+    process = world.start([*arguments("cut"), "data.num_workers=1"])
     world.wait_for(lambda: world.steps_done(tmp_path / "cut") >= 7, process)
-    world.kill_tree(process)
+    loaders = [p for p in psutil.Process(process.pid).children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+    loaders[0].kill()
+    _, err = process.communicate(timeout=90)
+    # The other rank may tell at length that it lost its peer; the one whose loader died says why.
+    assert process.returncode == 2 and "RuntimeError: DataLoader" not in err, err
+    assert len(re.findall(r"error: DataLoader worker .*lower data.num_workers", err)) == 1, err
     assert world.train(arguments("cut")).returncode == 0
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     for file in ("export/connector.safetensors", "export/llm/model.safetensors"):
@@ -216,8 +225,6 @@ def test_mistakes_end_in_one_line_and_a_code(case, home, pretrained, tmp_path):
     assert done.returncode == 2, (done.returncode, done.stderr)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
-    import re
-
     assert re.search(message, errors[0]), errors[0]
 
 

@@ -3,7 +3,16 @@
 from train.data.collate import Text
 from train.data.config import DataConfig, SourceConfig
 from train.data.features import FeatureCache, ensure_feature_cache
-from train.data.loader import EvalBatch, EvalItem, EvalLoader, TrainLoader, make_text, open_split, open_train_split
+from train.data.loader import (
+    EvalBatch,
+    EvalItem,
+    EvalLoader,
+    TrainLoader,
+    loader_errors,
+    make_text,
+    open_split,
+    open_train_split,
+)
 from train.data.pixels import PixelPreprocessor, load_preprocessor, most_views
 
 __all__ = [
@@ -18,6 +27,7 @@ __all__ = [
     "TrainLoader",
     "ensure_feature_cache",
     "load_preprocessor",
+    "loader_errors",
     "make_text",
     "most_views",
     "open_split",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -173,6 +174,27 @@ class _From(Sampler):
             step += 1
 
 
+@contextmanager
+def loader_errors() -> Iterator[None]:
+    """Name the cause when a loader process dies; also a decorator.
+
+    torch raises from a signal handler, wherever the main thread is at that moment: in the middle of a step as well as
+    in `TrainLoader.__next__`.
+
+    Raises:
+        DataError: a loader process was killed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"{error}; if memory ran out, lower data.num_workers or data.prefetch. The run goes on from its newest "
+            "checkpoint when it is started again"
+        ) from error
+
+
 class TrainLoader:
     """Endless iterator over optimizer steps: ``next(loader)`` is the list of this rank's micro-batches.
 
@@ -292,15 +314,8 @@ class TrainLoader:
         """
         if self._iterator is None:
             self._iterator = self._start()
-        try:
+        with loader_errors():
             step = next(self._iterator)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise DataError(
-                f"{error}; if memory ran out, lower data.num_workers or data.prefetch. The run goes on from its newest "
-                "checkpoint when it is started again"
-            ) from error
         if step.error is not None:
             raise DataError(step.error)
         if step.dropped:
