@@ -18,8 +18,6 @@ import argparse
 import functools
 import json
 import logging
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -36,7 +34,7 @@ from model.ops import lowrank_linear, lowrank_linear_group, split_perceptual
 from model.ops.backend import backend_for
 from model.placement import Placement, Site, decoder_layers, place
 from model.weights import PerceptualWeights
-from train.launch import CPU_ALLOCATOR
+from train.distributed import keep_freed_memory
 
 RANK = 64
 TYPES = ("q", "k", "v", "o", "m")
@@ -257,8 +255,7 @@ def main() -> None:
         torch.manual_seed(0)
         on_cpu = not torch.cuda.is_available()
         if on_cpu:
-            if not os.environ.keys() >= CPU_ALLOCATOR.keys():  # glibc reads them when a process starts
-                os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | CPU_ALLOCATOR)
+            keep_freed_memory()
             torch.set_num_threads(1)
         if args.llm:
             found = whole_llm(args.llm, args.layers, args.rows, args.length, args.turns)

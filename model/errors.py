@@ -41,9 +41,9 @@ def report_errors(main: Callable[[], int | None]) -> int:
 
 
 def _report(text: str) -> None:
-    """Tell the user once: through torch's launcher, if it started this process as one of several, else directly."""
+    """Tell the user once: through the launcher, if one started this process as one of several, else directly."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        # The launcher reads "message" itself and shows ours (`train.launch`).
+        # torchrun shows "message", `train.launch` "user_error".
         record = {"user_error": text, "message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}}
         with open(file, "w") as stream:
             json.dump(record, stream)

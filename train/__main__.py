@@ -72,6 +72,9 @@ def _main(composed: DictConfig) -> None:
 
 def run(composed: DictConfig) -> int:
     """Check one composed configuration and run it."""
+    import torch
+
+    torch.set_num_threads(1)  # a process with OpenMP threads could not be forked into workers
     config = configuration.resolve(composed)
     quiet()
     workers = launch.worker_count(config)

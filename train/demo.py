@@ -8,10 +8,11 @@ stopped.
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import json
-import os
+import multiprocessing
 import resource
-import subprocess
 import sys
 import threading
 import time
@@ -19,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from model.errors import UserError, run_cli
-
-_CODE = Path(__file__).resolve().parents[1]
 
 
 class _PeakMemory(threading.Thread):
@@ -82,19 +82,21 @@ class Steps:
             return
         print(f"== {name}: python -m {' '.join(arguments)}", flush=True)
         start, before = time.perf_counter(), _child_seconds()
-        environment = os.environ | {"PYTHONPATH": str(_CODE), "PYTHONUNBUFFERED": "1"}
-        process = subprocess.Popen([sys.executable, "-m", *arguments], env=environment)
+        # A fork where there is no GPU (whose driver does not outlive one): the imports are done once for all steps.
+        context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+        process = context.Process(target=_run_module, args=arguments)
+        process.start()
         memory = _PeakMemory(process.pid)
         memory.start()
         try:
-            code = process.wait()
+            process.join()
         except KeyboardInterrupt:
-            process.wait()
+            process.join()
             raise
         finally:
             peak = memory.stop()
-        if code:
-            raise UserError(f"step '{name}' failed (exit code {code}); the reason stands above")
+        if process.exitcode:
+            raise UserError(f"step '{name}' failed (exit code {process.exitcode}); the reason stands above")
         cost = {
             "seconds": time.perf_counter() - start,
             "core_seconds": _child_seconds() - before,
@@ -103,6 +105,12 @@ class Steps:
         self.costs[name] = cost
         self.file.write_text(json.dumps(self.costs, indent=1))
         print(f"== {name}: {cost['seconds']:.0f} s, {cost['core_seconds']:.0f} core-s", flush=True)
+
+
+def _run_module(module: str, *arguments: str) -> None:
+    is_package = importlib.util.find_spec(module).submodule_search_locations is not None
+    sys.argv = [module, *arguments]
+    run_cli(importlib.import_module(f"{module}.__main__" if is_package else module).main)
 
 
 def _child_seconds() -> float:
@@ -122,6 +130,9 @@ def main() -> int:
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
+    import train.evaluate
+    import train.stage  # noqa: F401  here, so that no step has to
+
     steps = Steps(out / "steps.json")
 
     steps.run("parts", "data_prep.parts")

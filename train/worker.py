@@ -1,6 +1,6 @@
 """`python -m train.worker RUN_DIR`: one rank of a run.
 
-Started by torchrun (on one machine) or srun (on a cluster) with the same line for a first start, a restart and a
+Started by `train.launch` (on one machine), torchrun or srun (on a cluster), the same for a first start, a restart and a
 requeue: it goes on from the newest complete checkpoint in RUN_DIR. A finished run is left as it is.
 """
 
@@ -13,12 +13,8 @@ from pathlib import Path
 from train.signals import StopRequest
 
 
-def main() -> int:
-    """Run one stage to its end or to a stop request; 0 in both cases (`DONE` or `STOPPED` in RUN_DIR tells which)."""
-    if len(sys.argv) != 2:
-        print("usage: python -m train.worker RUN_DIR", file=sys.stderr)
-        return 2
-    path = Path(sys.argv[1])
+def run(path: Path) -> int:
+    """Run one stage to its end or to a stop request; 0 in both cases (`DONE` or `STOPPED` in `path` tells which)."""
     # A cluster kills what still runs at the end of its grace time; slurm/site.sh says how long that is.
     stop = StopRequest(path, float(os.environ.get("VLORA_GRACE_SECONDS", "600")))
     stop.install()  # before the imports below, which take seconds
@@ -38,6 +34,14 @@ def main() -> int:
         distributed.shutdown()
     stop.done()
     return 0
+
+
+def main() -> int:
+    """Parse the command line."""
+    if len(sys.argv) != 2:
+        print("usage: python -m train.worker RUN_DIR", file=sys.stderr)
+        return 2
+    return run(Path(sys.argv[1]))
 
 
 if __name__ == "__main__":

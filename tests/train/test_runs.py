@@ -1,6 +1,7 @@
 """Whole runs through `python -m train`: two ranks, ZeRO-3, interrupted and resumed, and wrong in every way."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -56,8 +57,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(home, pretrained, tmp_p
 
     process = world.start(arguments)
     world.wait_for(lambda: world.steps_done(tmp_path / "run") >= 25, process)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    os.kill(process.pid, signal.SIGTERM)
+    out, err = process.wait(timeout=60)
     assert process.returncode == 0, err
     assert "stopped on request" in out and (tmp_path / "run" / "STOPPED").exists()
 
@@ -67,6 +68,21 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(home, pretrained, tmp_p
     assert [step for step, *_ in losses(pretrained)] == list(range(1, STEPS + 1))
     export = "export/connector.safetensors"
     assert same_tensors(tmp_path / "run" / export, pretrained / export)
+
+
+def test_a_killed_rank_ends_all_and_a_killed_front_end_stops_them(home, tmp_path):
+    arguments = world.overrides(home, tmp_path / "run", "stage.steps=1000")
+    for victim, outcome in (("rank", 2), ("front end", -signal.SIGKILL)):
+        process, done = world.start(arguments), world.steps_done(tmp_path / "run")
+        world.wait_for(lambda done=done: world.steps_done(tmp_path / "run") >= done + 2, process)
+        ranks = psutil.Process(process.pid).children()
+        assert len(ranks) == 2
+        os.kill(ranks[1].pid if victim == "rank" else process.pid, signal.SIGKILL)
+        _, err = process.wait(60)
+        assert process.returncode == outcome, err
+        assert psutil.wait_procs(ranks, 60)[1] == []
+        assert (tmp_path / "run" / "STOPPED").exists() == (victim == "front end")
+        assert "ended with SIGKILL" in err or victim == "front end"
 
 
 def test_finetuning_resumes_exactly_and_exports_the_llm(home, pretrained, tmp_path):
@@ -83,7 +99,7 @@ def test_finetuning_resumes_exactly_and_exports_the_llm(home, pretrained, tmp_pa
     world.wait_for(lambda: world.steps_done(tmp_path / "cut") >= 7, process)
     loaders = [p for p in psutil.Process(process.pid).children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
     loaders[0].kill()
-    _, err = process.communicate(timeout=90)
+    _, err = process.wait(timeout=90)
     # The other rank may tell at length that it lost its peer; the one whose loader died says why.
     assert process.returncode == 2 and "RuntimeError: DataLoader" not in err, err
     assert len(re.findall(r"error: DataLoader worker .*lower data.num_workers", err)) == 1, err
