@@ -49,7 +49,9 @@ def test_crop_and_resize_equal_the_hf_processors(size, kind, tmp_path):
     torch.testing.assert_close(got, square["pixel_values"], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("size", [(500, 375), (375, 500), (640, 480), (640, 427), (333, 500), (1024, 683)])
+@pytest.mark.parametrize(
+    "size", [(500, 375), (375, 500), (640, 480), (640, 427), (333, 500), (1024, 683), (337, 336), (1600, 90)]
+)
 def test_crop_equals_clip_at_photograph_sizes(size, tmp_path):
     """Where only the cut is scaled (4:3) and where that would move it."""
     image = picture(size)
@@ -80,7 +82,7 @@ def test_grids():
     assert len(grids(9)) == sum(9 // columns for columns in range(1, 10)) - 1
 
 
-@pytest.mark.parametrize("size", [(32, 16), (16, 32), (31, 20), (20, 31), (24, 24)])
+@pytest.mark.parametrize("size", [(32, 16), (16, 32), (31, 20), (20, 31), (24, 24), (640, 427), (90, 7), (300, 299)])
 def test_pad_is_llavas_square_in_the_mean_colour(size, tmp_path):
     image = picture(size)
     CLIPImageProcessor(

@@ -59,7 +59,7 @@ class PixelPreprocessor:
         Raises:
             ImageError: the bytes are no sound image.
         """
-        views = self._views(to_rgb(open_image(data)))
+        views = self.views(to_rgb(open_image(data)))
         pixels = np.empty((len(views), 3, self.size, self.size), np.float32)
         # (x * rescale - mean) / std as one multiplication and one addition, from bytes straight to where they stay.
         scale = np.float32(self.rescale) / np.asarray(self.std, dtype=np.float32)
@@ -71,12 +71,13 @@ class PixelPreprocessor:
                 plane += shift[channel]
         return torch.from_numpy(pixels)
 
-    def _views(self, image: Image.Image) -> list[Image.Image]:
+    def views(self, image: Image.Image) -> list[Image.Image]:
+        """An RGB image's views before they become numbers."""
         match self.mode:
             case "resize":
                 return [self._square(image)]
             case "pad":
-                return [self._square(self._pad(image))]
+                return [self._padded(image)]
             case "crop":
                 return [self._crop(image)]
             case _:
@@ -85,14 +86,19 @@ class PixelPreprocessor:
     def _square(self, image: Image.Image) -> Image.Image:
         return image.resize((self.size, self.size), self.resample)
 
-    def _pad(self, image: Image.Image) -> Image.Image:
+    def _padded(self, image: Image.Image) -> Image.Image:
         width, height = image.size
         if width == height:
-            return image
-        side = max(width, height)
-        square = Image.new("RGB", (side, side), tuple(int(m * 255) for m in self.mean))
-        square.paste(image, ((side - width) // 2, (side - height) // 2))
-        return square
+            return self._square(image)
+        across = side = max(width, height)
+        if width > height:
+            # Pillow scales a square's columns before its rows, and the margins above and below are of one colour before
+            # and after it: they can be added in between.
+            across = self.size
+            image = image.resize((across, height), self.resample)
+        square = Image.new("RGB", (across, side), tuple(int(m * 255) for m in self.mean))
+        square.paste(image, ((across - image.width) // 2, (side - height) // 2))
+        return self._square(square)
 
     def _crop(self, image: Image.Image) -> Image.Image:
         width, height = image.size
@@ -100,11 +106,14 @@ class PixelPreprocessor:
         new = (self.shortest_edge, longer) if width <= height else (longer, self.shortest_edge)
         left, top = (new[0] - self.size) // 2, (new[1] - self.size) // 2
         ends = left * width / new[0], (left + self.size) * width / new[0]
+        # Wide images are cut before all is scaled. Not upright ones, whose rows Pillow may scale before their columns:
+        # the pixels would not be those of scaling all and then cutting.
         if width > height and new[1] == self.size and all(float(np.float32(end)) == end for end in ends):
-            # Only what is kept is scaled (all 4:3 photographs). Not where Pillow, which reads the box in single
-            # precision, would move it, nor on upright images, whose rows it would scale before their columns: there
-            # the pixels would not be those of scaling all and then cutting.
+            # All 4:3 photographs; elsewhere Pillow, which reads the box in single precision, would move it.
             return image.resize((self.size, self.size), self.resample, (ends[0], 0, ends[1], height))
+        if width > height:  # between the scaling of columns and that of rows
+            image = image.resize((new[0], height), self.resample).crop((left, 0, left + self.size, height))
+            left, new = 0, (self.size, new[1])
         if new != image.size:
             image = image.resize(new, self.resample)
         return image.crop((left, top, left + self.size, top + self.size))
