@@ -33,7 +33,7 @@ from data_prep.templates import Encoded
 from data_prep.tiny_llm import build_tokenizer
 from model.config import VisionConfig
 from train.data import DataConfig, PixelPreprocessor, SourceConfig, TrainLoader, load_preprocessor
-from train.data.collate import Piece, collate, dummy_image
+from train.data.collate import Piece, collate
 from train.data.pixels import grids
 
 PAPER_SAMPLES = 246
@@ -79,7 +79,7 @@ def padded(processor: Any, files: list[bytes]) -> Tensor:
 def ours(pixels: PixelPreprocessor, files: list[bytes]) -> Tensor:
     """The loader's way: `collate`."""
     pieces = [Piece("benchmark", [data], [Encoded([1, 2], [-100, 2])]) for data in files]
-    return collate(pieces, pixels, 0, dummy_image(pixels)).images
+    return collate(pieces, pixels, 0).images
 
 
 def pillow(pixels: PixelPreprocessor, files: list[bytes]) -> None:

@@ -34,7 +34,7 @@ from train.data import (
     open_split,
     open_train_split,
 )
-from train.data.collate import ImageInput, dummy_image
+from train.data.collate import ImageInput
 from train.engine import Engine, deepspeed_config, freeze
 from train.export import export, exported_llm, load_connector
 from train.flops import FlopCounter
@@ -216,7 +216,6 @@ def _measure_features(engine: Engine, loader: TrainLoader, image: ImageInput, im
     rank, world = distributed.rank(), distributed.world_size()
     split = loader.splits[0]
     count = min(images, len(split)) // world * world
-    dummy = dummy_image(image)[None]
     total = torch.zeros(2, len(norm.mean), dtype=torch.float64)
     seen = 0
     for index in range(rank, count, world):
@@ -224,7 +223,7 @@ def _measure_features(engine: Engine, loader: TrainLoader, image: ImageInput, im
         files = loader.images(0, position)
         try:
             # A text-only sample still runs the encoder: ZeRO-3 needs every rank in step.
-            views = image(files[0]) if files else dummy
+            views = image(files[0]) if files else image.dummy()
         except ValueError as error:  # ImageError, DataError
             raise UserError(f"{split.shard_of(position)}: sample {split[position].id}: {error}") from error
         with torch.no_grad():

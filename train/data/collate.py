@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,9 +15,45 @@ from data_prep.schema import Dialogue, Sample
 from data_prep.templates import Encoded, TextEncoder, TooLongError
 from model.batch import IGNORE, Batch
 
-ImageInput = Callable[[bytes], Tensor]
-"""One image file -> its views, pixels [n, 3, H, W] (``PixelPreprocessor``) or cached features [n, P, V]
-(``FeatureCache``); n is 1 but for tiles."""
+
+class ImageInput(ABC):
+    """What the model gets of an image file: pixels (`PixelPreprocessor`) or cached features (`FeatureCache`).
+
+    In two steps, so that the numbers are written once, into the batch.
+
+    Attributes:
+        shape: of one view, [3, H, W] or [P, V].
+        dtype: of the batch.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @abstractmethod
+    def read(self, data: bytes) -> list[np.ndarray]:
+        """The views of one image file, as they come; one but for tiles.
+
+        Raises:
+            ImageError, DataError: it cannot be read.
+        """
+
+    @abstractmethod
+    def write(self, views: list[np.ndarray], out: Tensor) -> None:
+        """Views that were read into ``out`` [n, *shape]."""
+
+    def __call__(self, data: bytes) -> Tensor:
+        """The views of one image file: [n, *shape]."""
+        return self.batch(self.read(data))
+
+    def batch(self, views: list[np.ndarray]) -> Tensor:
+        """Views that were read: [n, *shape]."""
+        out = torch.empty(len(views), *self.shape, dtype=self.dtype)
+        self.write(views, out)
+        return out
+
+    def dummy(self) -> Tensor:
+        """What a batch without images carries, with weight 0: zeros [1, *shape]."""
+        return torch.zeros(1, *self.shape, dtype=self.dtype)
 
 
 @dataclass
@@ -70,16 +107,13 @@ def encode_sample(text: Text, sample: Sample, chosen: list[int], where: str) -> 
     return piece, dropped
 
 
-def collate(
-    pieces: list[Piece], image: ImageInput, pad_id: int, dummy: Tensor, left: bool = False, multiple: int = 1
-) -> Batch:
+def collate(pieces: list[Piece], image: ImageInput, pad_id: int, left: bool = False, multiple: int = 1) -> Batch:
     """One micro-batch.
 
     Args:
         pieces: its samples, in order; possibly none.
-        image: image bytes to tensor.
+        image: what image files become.
         pad_id: token id of padding (masked by length, so it may be a real token's).
-        dummy: what a batch without images carries, with weight 0.
         left: pad on the left (generation) instead of the right.
         multiple: pad the length to a multiple of this.
 
@@ -100,29 +134,22 @@ def collate(
         labels[number, span] = torch.tensor(row.labels, dtype=torch.int64)
         mask[number, span] = 1
     row_to_sample = [number for number, piece in enumerate(pieces) for _ in piece.rows] or [0]
-    images, image_to_sample = [], []
+    views, image_to_sample = [], []
     for number, piece in enumerate(pieces):
         for data in piece.images:
             try:
-                views = image(data)
+                found = image.read(data)
             except (ImageError, DataError) as error:
                 raise DataError(f"{piece.where}: {error}") from error
-            images.append(views)
-            image_to_sample += [number] * len(views)
+            views += found
+            image_to_sample += [number] * len(found)
     return Batch(
         input_ids=input_ids,
         attention_mask=mask,
         labels=labels,
         row_to_sample=torch.tensor(row_to_sample, dtype=torch.int64),
-        images=torch.cat(images) if images else dummy[None],
+        images=image.batch(views) if views else image.dummy(),
         image_to_sample=torch.tensor(image_to_sample or [0], dtype=torch.int64),
-        image_weight=torch.full((max(1, len(image_to_sample)),), float(bool(images))),
+        image_weight=torch.full((max(1, len(image_to_sample)),), float(bool(views))),
         n_samples=max(1, len(pieces)),
     )
-
-
-def dummy_image(image: ImageInput) -> Tensor:
-    """Zeros in the shape and dtype of one view of what ``image`` makes."""
-    if hasattr(image, "size"):
-        return torch.zeros(3, image.size, image.size)
-    return torch.zeros(image.shape, dtype=image.dtype)

@@ -17,6 +17,7 @@ from torch import Tensor
 from data_prep.errors import DataError
 from data_prep.images import ImageError
 from data_prep.schema import Split, digest
+from train.data.collate import ImageInput
 from train.data.pixels import PixelPreprocessor
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ DTYPES = {"float32": (torch.float32, np.float32), "bfloat16": (torch.bfloat16, n
 """Names of stored dtypes: (torch, numpy); numpy has no bfloat16, so its bits are kept as uint16."""
 
 
-class FeatureCache:
+class FeatureCache(ImageInput):
     """Cached features by image bytes.
 
     Files: ``features.npy`` [n, P, V], ``keys.npy`` (the sorted first 8 bytes of the images' sha256), ``meta.json``.
@@ -51,8 +52,8 @@ class FeatureCache:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def __call__(self, data: bytes) -> Tensor:
-        """Features [1, P, V] of one image file.
+    def read(self, data: bytes) -> list[np.ndarray]:
+        """Features of one image file, still on disk.
 
         Raises:
             DataError: the image is not in the cache.
@@ -61,8 +62,13 @@ class FeatureCache:
         at = int(np.searchsorted(self._keys, key))
         if at == len(self._keys) or self._keys[at] != key:
             raise DataError(f"an image is not in the feature cache {self.folder}; delete the folder to make it anew")
-        array = torch.from_numpy(np.array(self._features[at : at + 1]))
-        return array.view(self.dtype) if self.dtype is torch.bfloat16 else array
+        return [self._features[at]]
+
+    def write(self, views: list[np.ndarray], out: Tensor) -> None:
+        """Features that were read into ``out`` [n, P, V]."""
+        rows = (out.view(torch.uint16) if self.dtype is torch.bfloat16 else out).numpy()
+        for row, view in zip(rows, views, strict=True):
+            row[...] = view
 
     def moments(self, keys: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation per feature channel, fp32 [V], over all images or those of ``keys``."""

@@ -20,7 +20,7 @@ from data_prep.schema import Sample, Split, digest
 from data_prep.templates import Encoded, TextEncoder
 from model.batch import IGNORE, Batch
 from train.data.batching import Batching, deal_by_tokens
-from train.data.collate import ImageInput, Piece, Text, collate, dummy_image, encode_sample
+from train.data.collate import ImageInput, Piece, Text, collate, encode_sample
 from train.data.config import DataConfig
 from train.data.order import Draws, MixtureOrder, Permutation, draw_dialogues
 from train.signals import SIGNALS
@@ -111,7 +111,6 @@ class _Steps(Dataset):
         self.splits, self.batching, self.text, self.image = splits, batching, text, image
         self.config, self.seed, self.image_tokens = config, seed, image_tokens
         self.place = rank, world_size, accumulation
-        self.dummy = dummy_image(image)
 
     def __getitem__(self, step: int) -> _Step:
         multiple, pad_id = self.config.pad_to_multiple, self.text.dialogue.pad_id
@@ -129,7 +128,7 @@ class _Steps(Dataset):
                         continue
                     pieces.append(piece)
                     dropped += cut
-                batches.append(collate(pieces, self.image, pad_id, self.dummy, multiple=multiple))
+                batches.append(collate(pieces, self.image, pad_id, multiple=multiple))
         except DataError as error:
             # As a value: raised in a worker process it would arrive wrapped in that process's traceback.
             return _Step([], error=str(error))
@@ -407,7 +406,6 @@ class EvalLoader:
         if images not in ("own", "shuffled", "none"):
             raise DataError(f"images={images}: choose own, shuffled or none")
         self.split, self.text, self.image, self.prompts, self.images = split, text, image, prompts, images
-        self._dummy = dummy_image(image)
         counts = split.index()["dialogues"].astype(np.int64)
         sample = np.repeat(np.arange(len(split)), counts)
         dialogue = np.arange(len(sample)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -478,7 +476,7 @@ class EvalLoader:
             for d in dialogues:
                 user = [turn["content"] for turn in sample.conversations[d] if turn["role"] == "user"]
                 items.append(EvalItem(sample.id, d, user[-1], sample.conversations[d][-1]["content"]))
-        batch = collate(pieces, self.image, self.text.dialogue.pad_id, self._dummy, left=self.prompts)
+        batch = collate(pieces, self.image, self.text.dialogue.pad_id, left=self.prompts)
         if filler:
             batch.labels = torch.full_like(batch.labels, IGNORE)
             items = []

@@ -17,12 +17,13 @@ from data_prep.errors import DataError
 from data_prep.images import open_image, to_rgb
 from data_prep.schema import digest
 from model.config import VisionConfig
+from train.data.collate import ImageInput
 
 MODES = ("resize", "crop", "pad", "tiles")
 
 
 @dataclass(frozen=True)
-class PixelPreprocessor:
+class PixelPreprocessor(ImageInput):
     """One image file -> its views, float32 [n, 3, size, size].
 
     Attributes:
@@ -53,23 +54,33 @@ class PixelPreprocessor:
         names = [name for name in self.__dataclass_fields__ if name != "max_tiles" or self.mode == "tiles"]
         return digest([type(self).__name__, *(getattr(self, name) for name in names)])
 
-    def __call__(self, data: bytes) -> Tensor:
-        """Views of one image file.
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(3, size, size)."""
+        return 3, self.size, self.size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32."""
+        return torch.float32
+
+    def read(self, data: bytes) -> list[np.ndarray]:
+        """Views of one image file, uint8 [size, size, 3].
 
         Raises:
             ImageError: the bytes are no sound image.
         """
-        views = self.views(to_rgb(open_image(data)))
-        pixels = np.empty((len(views), 3, self.size, self.size), np.float32)
+        return [np.asarray(view) for view in self.views(to_rgb(open_image(data)))]
+
+    def write(self, views: list[np.ndarray], out: Tensor) -> None:
+        """Views that were read into ``out`` [n, 3, size, size], normalised."""
         # (x * rescale - mean) / std as one multiplication and one addition, from bytes straight to where they stay.
         scale = np.float32(self.rescale) / np.asarray(self.std, dtype=np.float32)
         shift = -np.asarray(self.mean, dtype=np.float32) / np.asarray(self.std, dtype=np.float32)
-        for view, planes in zip(views, pixels, strict=True):
-            array = np.asarray(view)
+        for view, planes in zip(views, out.numpy(), strict=True):
             for channel, plane in enumerate(planes):
-                np.multiply(array[..., channel], scale[channel], out=plane)
+                np.multiply(view[..., channel], scale[channel], out=plane)
                 plane += shift[channel]
-        return torch.from_numpy(pixels)
 
     def views(self, image: Image.Image) -> list[Image.Image]:
         """An RGB image's views before they become numbers."""
