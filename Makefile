@@ -23,7 +23,7 @@ test: $(VENV)/.test-installed     ## all tests
 	$(BIN)/python -m pytest -m "not slurm" $(ARGS)
 
 # Needs Debian's packages slurmctld slurmd slurm-client munge; starts a cluster of two nodes on this machine.
-# ARGS="-m 'slurm and not slow'": the quick part.
+# ARGS="-m 'slurm and not slow'": the quick part, which CI runs too.
 test-slurm: $(VENV)/.test-installed   ## the batch scripts on a real SLURM
 	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
