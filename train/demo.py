@@ -145,9 +145,17 @@ def main() -> int:
     return _report(arguments, steps, out, results, time.perf_counter() - started)
 
 
+def precision() -> str:
+    """`bf16` where this machine computes in it (AVX512-BF16, AMX, any GPU), else `fp32`."""
+    if torch.cuda.is_available():
+        return "bf16"
+    cpu = torch.cpu.get_capabilities()
+    return "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "fp32"
+
+
 def _connector(connector: str, arguments: argparse.Namespace, steps: Steps, out: Path) -> dict[str, Any]:
     """Both stages and the evaluations of one connector."""
-    common = [f"connector={connector}", f"llm={arguments.llm}", *arguments.overrides]
+    common = [f"connector={connector}", f"llm={arguments.llm}", f"engine.precision={precision()}", *arguments.overrides]
     runs = {stage: out / connector / stage for stage in ("pretrain", "finetune")}
     for stage, run in runs.items():
         init = [] if stage == "pretrain" else [f"init_from={runs['pretrain']}"]

@@ -7,8 +7,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -59,23 +58,18 @@ def local(config: RunConfig, run_dir: Path) -> bool:
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONUNBUFFERED": "1",
         }
-        arguments = (run_dir, environment, errors)
-        started = mp.start_processes(
-            _worker, arguments, workers, join=False, start_method="spawn" if use_gpu else "fork"
-        )
         try:
-            with _signals_passed_on(started.pids()):
-                # After a failure the others have this long to end by themselves, and again after a SIGTERM.
-                while not started.join(grace_period=10):
-                    pass
-        except mp.ProcessExitedException as error:
-            end = error.signal_name or f"exit code {error.exit_code}"
-            said = f"rank {error.error_index} ended with {end}; its output stands above"
-            raise UserError(_reason(errors) or f"the run in {run_dir} failed: {said}") from error
-        except mp.ProcessRaisedException as error:
-            print(error, file=sys.stderr)
-            said = f"rank {error.error_index} raised the error above"
-            raise UserError(_reason(errors) or f"the run in {run_dir} failed: {said}") from error
+            _run_workers(workers, run_dir, environment, errors, "spawn" if use_gpu else "fork")
+        except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
+            # A rank that only lost the one with something to say may have ended before it.
+            if said := sorted(Path(errors).iterdir()):
+                raise UserError(json.loads(said[0].read_text())["user_error"]) from error
+            end = "raised the error above"
+            if isinstance(error, mp.ProcessExitedException):
+                end = f"ended with {error.signal_name or f'exit code {error.exit_code}'}; its output stands above"
+            else:
+                print(error, file=sys.stderr)
+            raise UserError(f"the run in {run_dir} failed: rank {error.error_index} {end}") from error
     return (run_dir / "DONE").exists()
 
 
@@ -90,24 +84,26 @@ def _worker(rank: int, run_dir: Path, environment: dict[str, str], errors: str) 
         sys.exit(code)
 
 
-def _reason(errors: str) -> str | None:
-    """What a rank said to the user; the others may only have lost it, and may have ended before it."""
-    texts = [json.loads(file.read_text())["user_error"] for file in sorted(Path(errors).iterdir())]
-    return texts[0] if texts else None
-
-
-@contextmanager
-def _signals_passed_on(pids: list[int]) -> Iterator[None]:
-    """Inside the block the workers get what this process is told: they stop at the end of their step."""
+def _run_workers(workers: int, run_dir: Path, environment: dict[str, str], errors: str, method: str) -> None:
+    """Start the workers and wait for them. Told to stop, this process tells them, and they end with their step."""
+    pids: list[int] = []
 
     def pass_on(number: int, frame: object) -> None:
+        # For a worker that is not ready to take the signal: it ignores what this process ignored when it was started.
+        (run_dir / "STOP").write_text(signal.Signals(number).name)
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, _PASSED_ON[signal.Signals(number)])
 
-    before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in _PASSED_ON}
     try:
-        yield
+        started = mp.start_processes(_worker, (run_dir, environment, errors), workers, join=False, start_method=method)
+        pids += started.pids()
+        for number in _PASSED_ON:
+            signal.signal(number, pass_on)
+        # After a failure the others have this long to end by themselves, and again after a SIGTERM.
+        while not started.join(grace_period=10):
+            pass
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

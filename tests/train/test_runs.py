@@ -100,8 +100,8 @@ def test_finetuning_resumes_exactly_and_exports_the_llm(home, pretrained, tmp_pa
     loaders = [p for p in psutil.Process(process.pid).children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
     loaders[0].kill()
     _, err = process.wait(timeout=90)
-    # The other rank may tell at length that it lost its peer; the one whose loader died says why.
-    assert process.returncode == 2 and "RuntimeError: DataLoader" not in err, err
+    # Of the two ranks, the one whose loader died says why; that the other lost its peer is no news.
+    assert process.returncode == 2 and "Traceback" not in err, err
     assert len(re.findall(r"error: DataLoader worker .*lower data.num_workers", err)) == 1, err
     assert world.train(arguments("cut")).returncode == 0
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
