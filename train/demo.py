@@ -155,7 +155,10 @@ def precision() -> str:
 
 def _connector(connector: str, arguments: argparse.Namespace, steps: Steps, out: Path) -> dict[str, Any]:
     """Both stages and the evaluations of one connector."""
-    common = [f"connector={connector}", f"llm={arguments.llm}", f"engine.precision={precision()}", *arguments.overrides]
+    common = [f"connector={connector}", f"llm={arguments.llm}"]
+    if arguments.llm != "tiny":  # too small to gain from it
+        common.append(f"engine.precision={precision()}")
+    common += arguments.overrides
     runs = {stage: out / connector / stage for stage in ("pretrain", "finetune")}
     for stage, run in runs.items():
         init = [] if stage == "pretrain" else [f"init_from={runs['pretrain']}"]

@@ -29,7 +29,7 @@ def map_slurm_environment() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the large blocks that this process frees.
+    """Have glibc keep the large blocks that this process frees, until `return_freed_memory`.
 
     It would hand every large tensor back to the kernel and fault its pages in again at the next step: a fifth of a step
     on CPU. Where there is no glibc, nothing happens.
@@ -37,6 +37,13 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     for parameter, value in _MALLOPT.items() if mallopt else ():
         mallopt(parameter, value)
+
+
+def return_freed_memory() -> None:
+    """Hand the kernel what glibc keeps: once in a while, or batches of other sizes scatter it over ever more pages."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
 
 
 def init(timeout_minutes: float) -> torch.device:

@@ -26,6 +26,9 @@ from train.signals import StopRequest
 from train.timing import StepTimer
 from train.tracking import Tracker
 
+_RETURN_MEMORY_EVERY = 10
+"""Steps, on CPU."""
+
 
 class Loop:
     """Trains until the last step or a stop request.
@@ -87,6 +90,8 @@ class Loop:
                     refresh=False,
                 )
                 bar.update()
+                if self.engine.device.type == "cpu" and self.progress.step % _RETURN_MEMORY_EVERY == 0:
+                    distributed.return_freed_memory()
                 if self.progress.step == self.total_steps:
                     break
                 # After a step, not before the first: a run that is stopped during every start must still get on.
