@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import torch
@@ -141,8 +142,8 @@ class Command:
 def _imported() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train.__main__", "train.stage", "train.evaluate"])
-    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
-    multiprocessing.forkserver.ensure_running()
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # read when torch is imported
+        multiprocessing.forkserver.ensure_running()
     return context
 
 
