@@ -34,7 +34,7 @@ from model.ops import lowrank_linear, lowrank_linear_group, split_perceptual
 from model.ops.backend import backend_for
 from model.placement import Placement, Site, decoder_layers, place
 from model.weights import PerceptualWeights
-from train.distributed import keep_freed_memory
+from train.allocator import keep_freed_memory
 
 RANK = 64
 TYPES = ("q", "k", "v", "o", "m")

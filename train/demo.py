@@ -23,6 +23,7 @@ import psutil
 import torch
 
 from model.errors import UserError, run_cli
+from train import launch
 
 
 class _PeakMemory(threading.Thread):
@@ -81,9 +82,8 @@ class Steps:
             print(f"== {name}: done before", flush=True)
             return
         print(f"== {name}: python -m {' '.join(arguments)}", flush=True)
+        context = multiprocessing.get_context(launch.start_method())
         start, before = time.perf_counter(), _child_seconds()
-        # A fork where there is no GPU (whose driver does not outlive one): the imports are done once for all steps.
-        context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
         process = context.Process(target=_run_module, args=arguments)
         process.start()
         memory = _PeakMemory(process.pid)
@@ -130,9 +130,6 @@ def main() -> int:
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    import train.evaluate
-    import train.stage  # noqa: F401  here, so that no step has to
-
     steps = Steps(out / "steps.json")
 
     steps.run("parts", "data_prep.parts")

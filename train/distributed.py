@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import warnings
 from datetime import timedelta
@@ -11,12 +10,10 @@ import torch
 import torch.distributed as dist
 
 from model.errors import UserError
+from train import allocator
 
 # torchrun's names and SLURM's for the same things; torchrun's win, so one program serves both.
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-
-# malloc.h: M_MMAP_MAX=0 (all from the heap), M_TRIM_THRESHOLD=-1 (never back to the kernel), M_TOP_PAD (grow in steps).
-_MALLOPT = {-4: 0, -1: -1, -2: 1 << 26}
 
 
 def map_slurm_environment() -> None:
@@ -26,24 +23,6 @@ def map_slurm_environment() -> None:
             os.environ[name] = os.environ[slurm]
     if "LOCAL_WORLD_SIZE" not in os.environ and "SLURM_NTASKS_PER_NODE" in os.environ:
         os.environ["LOCAL_WORLD_SIZE"] = os.environ["SLURM_NTASKS_PER_NODE"]
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep the large blocks that this process frees, until `return_freed_memory`.
-
-    It would hand every large tensor back to the kernel and fault its pages in again at the next step: a fifth of a step
-    on CPU. Where there is no glibc, nothing happens.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    for parameter, value in _MALLOPT.items() if mallopt else ():
-        mallopt(parameter, value)
-
-
-def return_freed_memory() -> None:
-    """Hand the kernel what glibc keeps: once in a while, or batches of other sizes scatter it over ever more pages."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim:
-        trim(0)
 
 
 def init(timeout_minutes: float) -> torch.device:
@@ -72,7 +51,7 @@ def init(timeout_minutes: float) -> torch.device:
     import deepspeed
 
     if not use_gpu:
-        keep_freed_memory()
+        allocator.keep_freed_memory()
         # init_distributed would compile a shared-memory collective for a minute (and needs a compiler); it is used
         # for inference only.
         import deepspeed.ops

@@ -27,10 +27,20 @@ _PASSED_ON = {
 }
 
 
+def start_method() -> str:
+    """How to start a process that trains: `fork`, after the imports of a stage, which are ten seconds of every start.
+
+    `spawn` where there is a GPU: asking for it touches the driver, which a fork could not use after that.
+    """
+    if torch.cuda.is_available():
+        return "spawn"
+    import train.stage  # noqa: F401
+
+    return "fork"
+
+
 def local(config: RunConfig, run_dir: Path) -> bool:
     """Run the stage with `launch.workers` processes and wait for it.
-
-    Without a GPU the workers are forks of this process, which has done the imports: ten seconds of a start.
 
     Returns:
         Whether the stage is finished; False after a clean stop on request.
@@ -42,9 +52,6 @@ def local(config: RunConfig, run_dir: Path) -> bool:
     threads = config.launch.threads_per_worker or max(1, (os.cpu_count() or 1) // workers)
     for marker in ("STOP", "STOPPED"):
         (run_dir / marker).unlink(missing_ok=True)
-    use_gpu = torch.cuda.is_available()  # asks the driver, after which a fork could not use it
-    if not use_gpu:
-        import train.stage  # noqa: F401
     # Held here, so that its port is taken when the workers learn of it.
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as errors:
@@ -56,10 +63,9 @@ def local(config: RunConfig, run_dir: Path) -> bool:
             "TORCHELASTIC_USE_AGENT_STORE": "True",  # torch's way to say that no rank need open the store
             "OMP_NUM_THREADS": str(threads),
             "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONUNBUFFERED": "1",
         }
         try:
-            _run_workers(workers, run_dir, environment, errors, "spawn" if use_gpu else "fork")
+            _run_workers(workers, run_dir, environment, errors)
         except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
             # A rank that only lost the one with something to say may have ended before it.
             if said := sorted(Path(errors).iterdir()):
@@ -84,8 +90,9 @@ def _worker(rank: int, run_dir: Path, environment: dict[str, str], errors: str) 
         sys.exit(code)
 
 
-def _run_workers(workers: int, run_dir: Path, environment: dict[str, str], errors: str, method: str) -> None:
+def _run_workers(workers: int, run_dir: Path, environment: dict[str, str], errors: str) -> None:
     """Start the workers and wait for them. Told to stop, this process tells them, and they end with their step."""
+    method = start_method()
     pids: list[int] = []
 
     def pass_on(number: int, frame: object) -> None:

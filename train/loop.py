@@ -16,7 +16,7 @@ from tqdm import tqdm
 from model.errors import UserError
 from model.placement import Site
 from model.weights import PerceptualWeights
-from train import checkpoint, distributed
+from train import allocator, checkpoint, distributed
 from train.checkpoint import Progress
 from train.config import RunConfig
 from train.data import EvalLoader, TrainLoader
@@ -91,7 +91,7 @@ class Loop:
                 )
                 bar.update()
                 if self.engine.device.type == "cpu" and self.progress.step % _RETURN_MEMORY_EVERY == 0:
-                    distributed.return_freed_memory()
+                    allocator.return_freed_memory()
                 if self.progress.step == self.total_steps:
                     break
                 # After a step, not before the first: a run that is stopped during every start must still get on.
