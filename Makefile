@@ -19,7 +19,7 @@ compare: $(VENV)/.installed       ## the demo with VLoRA and the LLaVA-style pro
 test: $(VENV)/.test-installed     ## all tests
 	$(BIN)/python -m data_prep.parts
 	$(BIN)/python -m data_prep source=easy_vqa
-	$(BIN)/python -m data_prep.tiny_llm
+	$(BIN)/python -m data_prep.parts.tiny_llm
 	$(BIN)/python -m pytest -m "not slurm" $(ARGS)
 
 # Needs Debian's packages slurmctld slurmd slurm-client munge; starts a cluster of two nodes on this machine.
@@ -38,7 +38,7 @@ kernels: $(VENV)/.test-installed  ## every figure of docs/kernels.md and of the 
 sweep: $(VENV)/.installed         ## a 2 x 2 sweep over rank and blocks with the tiny LLM, and its report
 	$(BIN)/python -m data_prep.parts
 	$(BIN)/python -m data_prep source=easy_vqa
-	$(BIN)/python -m data_prep.tiny_llm
+	$(BIN)/python -m data_prep.parts.tiny_llm
 	$(BIN)/python -m train -m llm=tiny generator.rank=4,16 generator.num_blocks=1,2 stage.steps=20 \
 		hydra.sweep.dir=outputs/sweep
 	$(BIN)/python -m train.sweep_report outputs/sweep

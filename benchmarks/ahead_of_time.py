@@ -3,7 +3,7 @@
     python -m benchmarks.ahead_of_time [--write]
 
 prints registers, spills, shared memory and instruction counts of every kernel at 7B shapes for sm_80 and sm_90;
-``--write`` replaces the committed table (``benchmarks/kernel_resources.json``), which a test regenerates and compares.
+`--write` replaces the committed table (`benchmarks/kernel_resources.json`), which a test regenerates and compares.
 
 The launchers run unchanged on meta tensors of the real shapes: a driver that names the target GPU stands in for the
 CUDA driver, and a launch only compiles, so that block sizes and specialisation (divisibility by 16, strides of one) are
@@ -64,7 +64,7 @@ class NamedTarget:
 
 @contextmanager
 def compiling_for(capability: int) -> Iterator[list[CompiledKernel]]:
-    """Inside the block a launch compiles for ``capability`` and appends the kernel to the list, and runs nothing."""
+    """Inside the block a launch compiles for `capability` and appends the kernel to the list, and runs nothing."""
     compiled: list[CompiledKernel] = []
     run = JITFunction.run
 
@@ -121,7 +121,7 @@ def launches(samples: int = 96, length: int = 64, d: int = 4096, r: int = 64) ->
 def resources(kernel: CompiledKernel, capability: int) -> dict[str, int]:
     """Registers, spilled bytes, shared memory, resident blocks per multiprocessor, and SASS instruction counts.
 
-    Spills come from ``ptxas -v``: ``cuobjdump`` reports no local memory even where there are some.
+    Spills come from `ptxas -v`: `cuobjdump` reports no local memory even where there are some.
     """
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
@@ -156,7 +156,7 @@ def resources(kernel: CompiledKernel, capability: int) -> dict[str, int]:
 
 
 def table(targets: tuple[int, ...] = TARGETS) -> dict[str, dict[str, dict[str, int]]]:
-    """``resources`` by target ("sm_80") and launch."""
+    """`resources` by target ("sm_80") and launch."""
     found: dict[str, dict[str, dict[str, int]]] = {}
     for capability in targets:
         rows = found.setdefault(f"sm_{capability}", {})
@@ -182,7 +182,7 @@ def _assemble(ptx: Path, arch: str) -> str:
 
 
 def main() -> None:
-    """Print the table; replace the committed one with ``--write``."""
+    """Print the table; replace the committed one with `--write`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
     args = parser.parse_args()

@@ -93,7 +93,7 @@ def prepare(out: Path, samples: int, workers: int) -> dict:
 
 def stream_json(out: Path, records: int = 665_298) -> dict:
     """Plan and read a file as large as LLaVA's mix (1 GB); memory is this process's own, so run it first."""
-    from data_prep import json_stream
+    from data_prep.sources import json_stream
 
     def peak_mb() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
@@ -121,7 +121,7 @@ def stream_json(out: Path, records: int = 665_298) -> dict:
 def make_loader(
     out: Path, tokenizer: str, batch_size: int, rank: int = 0, world_size: int = 1, **options: Any
 ) -> TrainLoader:
-    """The training loader on ``out/synthetic/train``; ``options`` are those of `DataConfig`."""
+    """The training loader on `out/synthetic/train`; `options` are those of `DataConfig`."""
     from transformers import AutoTokenizer
 
     from train.data import DataConfig, PixelPreprocessor, SourceConfig, TrainLoader
@@ -147,7 +147,7 @@ def go_through(loader: TrainLoader) -> None:
 
 
 def iterate(out: Path, tokenizer: str, steps: int, batch_size: int, workers: int) -> dict:
-    """The epoch's order, then ``steps`` steps of the loader as rank 1 of 2, in this process or in workers."""
+    """The epoch's order, then `steps` steps of the loader as rank 1 of 2, in this process or in workers."""
     import torch
     from transformers import AutoTokenizer
 
@@ -180,9 +180,9 @@ class Loaded:
     """What all ranks got for a step.
 
     Attributes:
-        samples: a digest of every sample (tokens, targets and pixels without padding), sorted.
-        batches: a digest of every rank's micro-batches, bit by bit.
-        next: the loader's state after it.
+        samples: A digest of every sample (tokens, targets and pixels without padding), sorted.
+        batches: A digest of every rank's micro-batches, bit by bit.
+        next: The loader's state after it.
     """
 
     samples: list[str]
@@ -193,7 +193,7 @@ class Loaded:
 def load_steps(
     out: Path, tokenizer: str, state: dict[str, int], steps: int, world_size: int, **options: Any
 ) -> Iterator[Loaded]:
-    """``steps`` steps from ``state`` on, as all the ranks."""
+    """`steps` steps from `state` on, as all the ranks."""
     ranks = [make_loader(out, tokenizer, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
     for rank in ranks:
         rank.load(state)

@@ -1,6 +1,6 @@
 """Every kernel of the hybrid and fused backends at 7B shapes: bytes, FLOPs, roofline, and on a GPU what it reaches.
 
-``python -m benchmarks.lowrank --predict`` prints the arithmetic, ``--kernels`` (needs a GPU) the measurement.
+`python -m benchmarks.lowrank --predict` prints the arithmetic, `--kernels` (needs a GPU) the measurement.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def kernels(
     dtype: torch.dtype = torch.bfloat16,
     matrices: int = 32,
 ) -> list[Kernel]:
-    """All kernels for q, k, v of one layer, ``samples`` rows of ``length`` tokens, and the merge of one image.
+    """All kernels for q, k, v of one layer, `samples` rows of `length` tokens, and the merge of one image.
 
     On "meta" there is only the arithmetic: nothing is allocated, and Triton is not needed.
     """
@@ -130,7 +130,7 @@ def measure(samples: int, length: int, bench: Callable[[Callable], float], **sha
 
     Args:
         samples, length, shape: As for `kernels`.
-        bench: Milliseconds of a callable (``triton.testing.do_bench``).
+        bench: Milliseconds of a callable (`triton.testing.do_bench`).
     """
     rows = kernels(samples, length, **shape)
     source = torch.empty(2**28, dtype=torch.uint8, device=shape["device"])

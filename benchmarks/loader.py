@@ -6,7 +6,7 @@ The photographs are made up: smooth noise of several scales with grain, JPEG qua
 of their size. Both sides start from the files' bytes and end with one float32 batch, in one process with one thread;
 they take turns and each one's median CPU time counts, so that a busy machine slows both alike. Their results must be
 equal, or the benchmark fails. Pillow's part of ours, decoding and scaling, is timed alone: equal pixels need it, so the
-plain loop's time over it (``most``) is a ratio that no loader on Pillow can pass.
+plain loop's time over it (`most`) is a ratio that no loader on Pillow can pass.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, LlavaNextImageProcessor
 
-from data_prep.images import open_image, to_rgb
-from data_prep.schema import Sample, write_split
-from data_prep.templates import Encoded
-from data_prep.tiny_llm import build_tokenizer
+from data_prep.parts.tiny_llm import build_tokenizer
+from data_prep.store.images import open_image, to_rgb
+from data_prep.store.sample import Sample
+from data_prep.store.writer import write_split
+from data_prep.text.templates import Encoded
 from model.config import VisionConfig
 from train.data import DataConfig, PixelPreprocessor, SourceConfig, TrainLoader, load_preprocessor
 from train.data.collate import Piece, collate
@@ -57,7 +58,7 @@ def photograph(width: int, height: int, seed: int) -> bytes:
 
 
 def plain_loop(processor: Any, files: list[bytes], **options: Any) -> Tensor:
-    """What a data set's ``__getitem__`` and a collator usually do."""
+    """What a data set's `__getitem__` and a collator usually do."""
     images = [Image.open(io.BytesIO(data)).convert("RGB") for data in files]
     return torch.cat(
         [processor(image, return_tensors="pt", **options)["pixel_values"].flatten(0, -4) for image in images]

@@ -5,10 +5,10 @@
     python -m benchmarks.lowrank --predict                   bytes, FLOPs and A100 roofline time of every kernel
     python -m benchmarks.lowrank --kernels                   the same measured, on a GPU
 
-``--json FILE`` writes the same figures. The variants take turns and each turn gives one ratio, of which the median is
+`--json FILE` writes the same figures. The variants take turns and each turn gives one ratio, of which the median is
 reported, so that a busy machine slows both sides alike. On the CPU one thread runs, as in a rank of the demo, with the
 demo's allocator settings, and CPU seconds are counted: what other processes take from the clock is not. With a CUDA
-device everything runs there in bf16 on whatever backend ``auto`` picks, and the table adds achieved TFLOP/s and the
+device everything runs there in bf16 on whatever backend `auto` picks, and the table adds achieved TFLOP/s and the
 error against float64.
 """
 
@@ -29,24 +29,24 @@ from torch import Tensor, nn
 
 from benchmarks.kernels import A100_FLOPS, measure, predict
 from model.config import GeneratorConfig
-from model.injection import inject
+from model.decoder.injection import inject
+from model.generator.placement import Placement, Site, decoder_layers, place
+from model.generator.weights import PerceptualWeights
 from model.ops import lowrank_linear, lowrank_linear_group, split_perceptual
 from model.ops.backend import backend_for
-from model.placement import Placement, Site, decoder_layers, place
-from model.weights import PerceptualWeights
-from train.allocator import keep_freed_memory
+from train.process.allocator import keep_freed_memory
 
 RANK = 64
 TYPES = ("q", "k", "v", "o", "m")
 
 
 def einsum_term(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The released code's form of the term, ``a`` [S, d_in, r] already indexed out of the generator's output."""
+    """The released code's form of the term, `a` [S, d_in, r] already indexed out of the generator's output."""
     return torch.einsum("blr,rd->bld", torch.einsum("bld,bdr->blr", x, a), b)
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """What ``run`` takes: on the GPU wall time, on the CPU the time this process is given."""
+    """What `run` takes: on the GPU wall time, on the CPU the time this process is given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -88,7 +88,7 @@ def ratios(taken: dict[str, list[float]], form: str = "ours") -> dict[str, float
 def einsum_and_index(llm: nn.Module, placement: Placement, generated: Tensor, b: dict[Site, Tensor]) -> Iterator[None]:
     """Inside the block the placed modules add the term as the released code does.
 
-    ``generated`` is the generator's whole output [S, types, layers, d, r], indexed at every use.
+    `generated` is the generator's whole output [S, types, layers, d, r], indexed at every use.
     """
 
     def forward(x: Tensor, plain: Callable, site: Site) -> Tensor:
@@ -104,7 +104,7 @@ def einsum_and_index(llm: nn.Module, placement: Placement, generated: Tensor, b:
 
 
 def whole_llm(folder: Path, n_layers: int | None, rows: int, length: int, turns: int) -> dict[str, dict]:
-    """Forward + backward through the frozen decoder at ``folder``, q, k, v, o and m in every 4th layer.
+    """Forward + backward through the frozen decoder at `folder`, q, k, v, o and m in every 4th layer.
 
     The inputs need gradients in every variant. The head is left out: it would only dilute the ratio. "ours" is the real
     injection, as in training; "einsum and index" is the released code's form in the same places.
@@ -149,7 +149,7 @@ def whole_llm(folder: Path, n_layers: int | None, rows: int, length: int, turns:
 
 
 def one_projection(samples: int, length: int, d_in: int, d_out: tuple[int, ...], layers: int, turns: int) -> dict:
-    """Frozen projections of one x (``d_out`` each) in ``layers`` placed layers, A out of one [S, layers, d_in, r].
+    """Frozen projections of one x (`d_out` each) in `layers` placed layers, A out of one [S, layers, d_in, r].
 
     With several projections "ours" is one op per layer and "ours, one by one" an op each.
     """
@@ -224,7 +224,7 @@ def _print_kernels(found: dict[str, dict], samples: int, length: int) -> None:
 
 
 def main() -> None:
-    """Print the chosen table, ratios first, and write it with ``--json``."""
+    """Print the chosen table, ratios first, and write it with `--json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llm", type=Path, help="folder of a HF decoder to measure whole")
     parser.add_argument("--layers", type=int, help="keep only its first N layers (a multiple of 4)")

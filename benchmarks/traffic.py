@@ -71,7 +71,7 @@ def _open_up(func, args) -> list[Tensor]:
 
 
 def backward_traffic(term: Callable[[], Tensor]) -> Traffic:
-    """Traffic of the backward of ``term()`` alone."""
+    """Traffic of the backward of `term()` alone."""
     y = term()
     seed = torch.empty_like(y)
     with CountTraffic() as mode:

@@ -1,13 +1,13 @@
-"""``python -m data_prep source=NAME [key=value ...]``: prepare a data set (keys: ``conf/data_prep``)."""
+"""`python -m data_prep source=NAME [key=value ...]`: prepare a data set (keys: `conf/data_prep`)."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+from common.errors import run_cli
 from data_prep import config, report
 from data_prep.prepare import prepare
-from model.errors import run_cli
 
 
 def main() -> int:

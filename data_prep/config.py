@@ -1,4 +1,4 @@
-"""Configuration of ``python -m data_prep``: composed by Hydra from ``conf/data_prep``, checked against dataclasses."""
+"""Configuration of `python -m data_prep`: composed by Hydra from `conf/data_prep`, checked against dataclasses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data_prep.errors import DataError
 from data_prep.prepare import Options, Source, Task
 from data_prep.sources.capsfusion import CapsFusion
 from data_prep.sources.easy_vqa import EasyVQA
@@ -21,6 +20,7 @@ from data_prep.sources.hf import HuggingFace
 from data_prep.sources.llava import Llava
 from data_prep.sources.synthetic import Synthetic
 from data_prep.sources.webdataset import WebDataset
+from data_prep.store.errors import DataError
 
 CONF = Path(__file__).resolve().parent.parent / "conf" / "data_prep"
 SOURCES: dict[str, type] = {
@@ -35,16 +35,16 @@ SOURCES: dict[str, type] = {
 
 @dataclass
 class PrepareConfig:
-    """Keys of ``python -m data_prep``.
+    """Keys of `python -m data_prep`.
 
     Attributes:
-        cache_dir: where parts are.
-        source: ``kind`` (a key of ``SOURCES``) and the fields of that reader's dataclass.
-        root: prepared data goes to ``<root>/<name>/<split>``.
-        name: name of the prepared data set; default that of ``source=NAME``.
-        workers: processes on this machine.
-        task: ``i/n``, the part of a job array that this process is.
-        options: checks and policy.
+        cache_dir: Where parts are.
+        source: `kind` (a key of `SOURCES`) and the fields of that reader's dataclass.
+        root: Prepared data goes to `<root>/<name>/<split>`.
+        name: Name of the prepared data set; default that of `source=NAME`.
+        workers: Processes on this machine.
+        task: `i/n`, the part of a job array that this process is.
+        options: Checks and policy.
     """
 
     cache_dir: str
@@ -80,7 +80,7 @@ def load(overrides: list[str]) -> PrepareConfig:
     """Compose and check the configuration.
 
     Args:
-        overrides: Hydra overrides, ``source=NAME`` among them.
+        overrides: Hydra overrides, `source=NAME` among them.
 
     Raises:
         DataError: no or an unknown source, an unknown key (with the nearest one), a wrong type or a missing value.

@@ -18,10 +18,20 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from data_prep import schema
-from data_prep.errors import DataError
-from data_prep.images import MAX_PIXELS, shrink
-from data_prep.schema import Count, Dialogue, Dropped, Sample, Shard
+from common.files import digest, write_atomically
+from data_prep.store.errors import DataError
+from data_prep.store.images import MAX_PIXELS, shrink
+from data_prep.store.manifest import (
+    MANIFEST,
+    Manifest,
+    Shard,
+    build_manifest,
+    read_manifest,
+    read_receipt,
+    write_manifest,
+)
+from data_prep.store.sample import SCHEMA_VERSION, Count, Dialogue, Dropped, Sample
+from data_prep.store.writer import ShardWriter
 from data_prep.verify import Verifier
 
 PLAN = "plan.json"
@@ -34,7 +44,7 @@ class Source(Protocol):
         """What the samples depend on, as JSON; a change makes the data anew. Every task asks, so it must be quick."""
 
     def plan(self) -> dict[str, list[Any]]:
-        """The units of each split, every one a small JSON value for ``read``. Asked once; the result is kept."""
+        """The units of each split, every one a small JSON value for `read`. Asked once; the result is kept."""
 
     def read(self, split: str, unit: Any) -> Iterator[Sample | Dropped | Count]:
         """Samples of one unit, always the same and in the same order, and the records that could not be read."""
@@ -45,16 +55,16 @@ class Options:
     """How samples are checked and what happens to bad ones.
 
     Attributes:
-        on_error: ``fail`` stops at the first bad record; ``drop`` leaves it out, counted and named in the manifest.
-        max_drop_fraction: of a split's records; more, and there is no manifest and the run fails.
-        max_pixels, min_side: limits of an image.
-        shrink: images whose shorter side is above this many pixels are made that small and stored as JPEG; null: every
+        on_error: `fail` stops at the first bad record; `drop` leaves it out, counted and named in the manifest.
+        max_drop_fraction: Of a split's records; more, and there is no manifest and the run fails.
+        max_pixels, min_side: Limits of an image.
+        shrink: Images whose shorter side is above this many pixels are made that small and stored as JPEG; null: every
             image is stored as its source has it, byte for byte.
-        jpeg_quality: of the images made smaller.
-        tokenizer: folder or name of a tokenizer; with it, token lengths and the share of supervised tokens go into the
+        jpeg_quality: Of the images made smaller.
+        tokenizer: Folder or name of a tokenizer; with it, token lengths and the share of supervised tokens go into the
             manifest.
-        template: text template of the token lengths.
-        max_length: longest accepted dialogue in tokens; needs ``tokenizer``.
+        template: Text template of the token lengths.
+        max_length: Longest accepted dialogue in tokens; needs `tokenizer`.
     """
 
     on_error: str = "fail"
@@ -68,7 +78,7 @@ class Options:
     max_length: int | None = None
 
     def check(self) -> None:
-        """Raise a ``DataError`` that names the first key with an impossible value."""
+        """Raise a `DataError` that names the first key with an impossible value."""
         if self.on_error not in ("fail", "drop"):
             raise DataError(f"options.on_error={self.on_error}: choose fail or drop")
         if not 0 <= self.max_drop_fraction <= 1:
@@ -83,14 +93,14 @@ class Options:
 
 @dataclass
 class Task:
-    """The part of the work that is this process's: task ``index`` of ``count`` takes every ``count``-th unit."""
+    """The part of the work that is this process's: task `index` of `count` takes every `count`-th unit."""
 
     index: int = 0
     count: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Task:
-        """From ``i/n``, 0-based, as in ``$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT``.
+        """From `i/n`, 0-based, as in `$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT`.
 
         Raises:
             DataError: another form, or i not below n.
@@ -103,9 +113,9 @@ class Task:
 
 @dataclass
 class Result:
-    """What ``prepare`` did: manifests of complete splits, and splits that wait for other tasks."""
+    """What `prepare` did: manifests of complete splits, and splits that wait for other tasks."""
 
-    manifests: dict[str, schema.Manifest] = field(default_factory=dict)
+    manifests: dict[str, Manifest] = field(default_factory=dict)
     made: list[str] = field(default_factory=list)
     waiting: dict[str, int] = field(default_factory=dict)
 
@@ -118,25 +128,25 @@ def prepare(
     workers: int = 1,
     progress: bool = False,
 ) -> Result:
-    """Prepare all splits of ``source`` under ``folder`` (``<root>/<dataset>``).
+    """Prepare all splits of `source` under `folder` (`<root>/<dataset>`).
 
     Args:
-        source: what to read.
-        folder: where ``<split>/`` folders go.
-        options: checks and policy.
-        task: the units to work on; default all.
-        workers: processes.
-        progress: whether to show a bar.
+        source: What to read.
+        folder: Where `<split>/` folders go.
+        options: Checks and policy.
+        task: The units to work on; default all.
+        workers: Processes.
+        progress: Whether to show a bar.
 
     Raises:
-        DataError: a bad record under ``on_error=fail``, or more than ``max_drop_fraction`` of a split dropped.
+        DataError: a bad record under `on_error=fail`, or more than `max_drop_fraction` of a split dropped.
     """
     options, task = options or Options(), task or Task()
     options.check()
     # Not the policy: a shard is the same under any, and accepting more defects afterwards must not make it anew.
     fixed = {name: value for name, value in asdict(options).items() if name not in ("on_error", "max_drop_fraction")}
-    made_from = {**source.made_from(), "options": fixed, "schema_version": schema.SCHEMA_VERSION}
-    key = schema.digest(made_from)
+    made_from = {**source.made_from(), "options": fixed, "schema_version": SCHEMA_VERSION}
+    key = digest(made_from)
     units = _plan(source, folder, key)
     result = Result()
     stale = {split for split in units if not _is_complete(folder / split, key)}
@@ -158,24 +168,24 @@ def prepare(
             bar.update()
     for split, listed in units.items():
         if split not in stale:
-            result.manifests[split] = schema.read_manifest(folder / split)
+            result.manifests[split] = read_manifest(folder / split)
             _check_drops(result.manifests[split], options)
             continue
-        shards = [schema.read_receipt(folder / split, number) for number in range(len(listed))]
+        shards = [read_receipt(folder / split, number) for number in range(len(listed))]
         missing = sum(shard is None or shard.made_from != key for shard in shards)
         if missing:
             result.waiting[split] = missing
             continue
-        manifest = schema.merge(folder / split, shards, folder.name, split, made_from)
+        manifest = build_manifest(folder / split, shards, folder.name, split, made_from)
         _check_drops(manifest, options)
-        schema.write_manifest(folder / split, manifest)
+        write_manifest(folder / split, manifest)
         result.manifests[split] = manifest
         result.made.append(split)
     return result
 
 
 def _plan(source: Source, folder: Path, key: str) -> dict[str, list[Any]]:
-    """The source's plan, from ``plan.json`` where one of the tasks has made it before."""
+    """The source's plan, from `plan.json` where one of the tasks has made it before."""
     file = folder / PLAN
     if file.is_file():
         kept = json.loads(file.read_text())
@@ -183,7 +193,7 @@ def _plan(source: Source, folder: Path, key: str) -> dict[str, list[Any]]:
             return kept["units"]
     units = source.plan()
     folder.mkdir(parents=True, exist_ok=True)
-    schema.write_atomically(file, json.dumps({"made_from": key, "units": units}) + "\n")
+    write_atomically(file, json.dumps({"made_from": key, "units": units}) + "\n")
     return units
 
 
@@ -191,11 +201,11 @@ def make_shard(source: Source, folder: Path, options: Options, key: str, job: tu
     """Read, check and write one unit.
 
     Raises:
-        DataError: its first bad record under ``on_error=fail``.
+        DataError: its first bad record under `on_error=fail`.
     """
     split, number, unit = job
     verifier = Verifier(options.max_pixels, options.min_side, _token_counter(options), options.max_length)
-    with schema.ShardWriter(folder / split, number, key) as writer:
+    with ShardWriter(folder / split, number, key) as writer:
         for item in source.read(split, unit):
             if isinstance(item, Count):
                 verifier.count(item.name, item.value, item.number)
@@ -240,17 +250,17 @@ def _run(work: Any, todo: list[tuple[str, int, Any]], workers: int) -> Iterator[
 
 
 def _is_complete(folder: Path, key: str) -> bool:
-    if not (folder / schema.MANIFEST).is_file():
+    if not (folder / MANIFEST).is_file():
         return False
-    return schema.digest(schema.read_manifest(folder).made_from) == key
+    return digest(read_manifest(folder).made_from) == key
 
 
 def _is_finished(folder: Path, number: int, key: str) -> bool:
-    receipt = schema.read_receipt(folder, number)
+    receipt = read_receipt(folder, number)
     return receipt is not None and receipt.made_from == key
 
 
-def _check_drops(manifest: schema.Manifest, options: Options) -> None:
+def _check_drops(manifest: Manifest, options: Options) -> None:
     dropped = sum(manifest.dropped.values())
     fraction = dropped / max(1, dropped + manifest.samples)
     accepted = options.max_drop_fraction if options.on_error == "drop" else 0
@@ -283,7 +293,7 @@ def _token_counter(options: Options) -> Callable[[Dialogue], tuple[int, int]] | 
 def _counter(tokenizer: str, template: str) -> Callable[[Dialogue], tuple[int, int]]:
     from transformers import AutoTokenizer
 
-    from data_prep.templates import TextEncoder
+    from data_prep.text.templates import TextEncoder
     from model.batch import IGNORE
 
     encoder = TextEncoder(AutoTokenizer.from_pretrained(tokenizer), template)

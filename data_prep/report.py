@@ -1,12 +1,12 @@
-"""``python -m data_prep.report SPLIT_FOLDER ...``: a prepared split's manifest as ``report.md`` with plots."""
+"""`python -m data_prep.report SPLIT_FOLDER ...`: a prepared split's manifest as `report.md` with plots."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from data_prep import schema
-from data_prep.schema import Manifest
+from common.files import write_atomically
+from data_prep.store.manifest import Manifest, read_manifest
 
 REPORT, PLOTS = "report.md", "report.png"
 _HISTOGRAMS = {
@@ -25,9 +25,9 @@ def write(folder: Path) -> Path:
     Raises:
         DataError: no manifest.
     """
-    manifest = schema.read_manifest(folder)
+    manifest = read_manifest(folder)
     _plot(manifest, folder / PLOTS)
-    schema.write_atomically(folder / REPORT, render(manifest))
+    write_atomically(folder / REPORT, render(manifest))
     return folder / REPORT
 
 
@@ -127,6 +127,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from model.errors import run_cli
+    from common.errors import run_cli
 
     run_cli(main)

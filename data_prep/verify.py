@@ -1,6 +1,6 @@
 """Checks of one sample before it is stored: every image decoded once, every dialogue well formed.
 
-``python -m data_prep.verify SPLIT_FOLDER ...`` compares prepared shards with their checksums, e.g. after a copy.
+`python -m data_prep.verify SPLIT_FOLDER ...` compares prepared shards with their checksums, e.g. after a copy.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_prep.dialogues import IMAGE_TOKEN
-from data_prep.errors import DataError, Defect
-from data_prep.images import MAX_PIXELS, describe, open_image
-from data_prep.schema import ROLES, Dialogue, Dropped, Sample, Split
+from data_prep.store.errors import DataError, Defect
+from data_prep.store.images import MAX_PIXELS, describe, open_image
+from data_prep.store.sample import ROLES, Dialogue, Dropped, Sample
+from data_prep.store.split import Split
+from data_prep.text.dialogues import IMAGE_TOKEN
 
 
 def check_dialogue(dialogue: Dialogue) -> None:
@@ -62,12 +63,12 @@ class Verifier:
     """Checks samples and counts what it saw.
 
     Attributes:
-        max_pixels: of one image.
-        min_side: shortest accepted side in pixels.
-        tokens: of a dialogue (template included), and how many of them are supervised, for the statistics and
-            ``max_length``; raises ``DataError`` for one that the template cannot render. None: not counted.
-        max_length: longest accepted dialogue in tokens; none: any.
-        statistics: counters by name, for the manifest.
+        max_pixels: Of one image.
+        min_side: Shortest accepted side in pixels.
+        tokens: Of a dialogue (template included), and how many of them are supervised, for the statistics and
+            `max_length`; raises `DataError` for one that the template cannot render. None: not counted.
+        max_length: Longest accepted dialogue in tokens; none: any.
+        statistics: Counters by name, for the manifest.
     """
 
     max_pixels: int = MAX_PIXELS
@@ -77,7 +78,7 @@ class Verifier:
     statistics: dict[str, Counter] = field(default_factory=lambda: defaultdict(Counter))
 
     def check(self, sample: Sample) -> Dropped | None:
-        """What is wrong with ``sample``; none when it is sound, and then it is counted."""
+        """What is wrong with `sample`; none when it is sound, and then it is counted."""
         seen: list[tuple[str, str, int]] = []
         try:
             if not sample.id:
@@ -127,7 +128,7 @@ class Verifier:
 
 
 def bucket(value: int, bits: int = 1) -> str:
-    """Name of the histogram bin of ``value``: its first ``bits`` binary digits, zero-padded to sort as text.
+    """Name of the histogram bin of `value`: its first `bits` binary digits, zero-padded to sort as text.
 
     One digit makes powers of two, three make four bins between two of them.
     """
@@ -147,6 +148,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from model.errors import run_cli
+    from common.errors import run_cli
 
     run_cli(main)

@@ -27,12 +27,12 @@ class Batch:
         input_ids: int64 [R, L].
         attention_mask: int64 [R, L], 1 on text and 0 on padding (padding on the right in training, on the left when
             generating).
-        labels: int64 [R, L], the token itself where it is a target and ``IGNORE`` elsewhere; not shifted.
+        labels: int64 [R, L], the token itself where it is a target and `IGNORE` elsewhere; not shifted.
         row_to_sample: int64 [R], the sample of each row.
-        images: float [I, 3, H, W] normalised pixels, or [I, P, V] cached features of the frozen encoder. Never
+        images: Float [I, 3, H, W] normalised pixels, or [I, P, V] cached features of the frozen encoder. Never
             empty: a batch without images holds one dummy (ZeRO-3 needs every rank to run the same modules).
         image_to_sample: int64 [I].
-        image_weight: float [I], 1 for an image and 0 for the dummy.
+        image_weight: Float [I], 1 for an image and 0 for the dummy.
         n_samples: S.
         rows: Which sample's weights each row uses, `NO_SAMPLE` where the sample has no image: worked out here, on the
             host, once per batch.
@@ -67,7 +67,7 @@ class Batch:
         return int((self.labels[:, 1:] != IGNORE).sum())
 
     def to(self, device: torch.device | str, image_dtype: torch.dtype | None = None) -> Batch:
-        """Copy to ``device``; images also to ``image_dtype``."""
+        """Copy to `device`; images also to `image_dtype`."""
         moved = {
             f.name: value.to(device, non_blocking=True)
             for f in fields(self)

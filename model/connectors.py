@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.generator import PerceptualWeightsGenerator
-from model.placement import Placement
-from model.weights import PerceptualWeights
+from model.generator.generator import PerceptualWeightsGenerator
+from model.generator.placement import Placement
+from model.generator.weights import PerceptualWeights
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ from transformers import PreTrainedModel
 from model.batch import IGNORE, Batch
 from model.config import ModelConfig
 from model.connectors import Conditioning, Connector, build_connector
-from model.injection import compile_forward, inject, pinned
-from model.kernels import resolve_kernels, use_kernels
+from model.decoder.injection import compile_forward, inject, pinned
+from model.decoder.loss import attach_loss
+from model.decoder.norms import resolve_kernels, use_kernels
+from model.decoder.packing import Packing
+from model.generator.placement import Placement, decoder_layers, place
+from model.generator.weights import PerceptualWeights
 from model.loading import build_llm
-from model.loss import attach_loss
-from model.packing import Packing
-from model.placement import Placement, decoder_layers, place
 from model.vision import VisionEncoder, build_vision
-from model.weights import PerceptualWeights
 
 
 @dataclass
@@ -77,9 +77,9 @@ class VisionLanguageModel(nn.Module):
     def forward(self, batch: Batch) -> Output:
         """Summed loss over the batch's targets.
 
-        Only supervised positions are projected to the vocabulary, a chunk of them at a time (`model.loss`): captions
-        and answers are short, the vocabulary is not. A rank whose rows were all dropped runs the same modules for a
-        loss of zero.
+        Only supervised positions are projected to the vocabulary, a chunk of them at a time (`model.decoder.loss`):
+        captions and answers are short, the vocabulary is not. A rank whose rows were all dropped runs the same modules
+        for a loss of zero.
         """
         conditioning = self.condition(batch)
         inputs, offset = self._llm_inputs(batch, conditioning)

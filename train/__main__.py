@@ -18,10 +18,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from model.errors import report_errors, run_cli
+from common.errors import report_errors, run_cli
 from train import config as configuration
-from train import launch, run_dir, sweep
-from train.distributed import quiet
+from train.cluster import sweep
+from train.process import launch, run_dir
+from train.process.distributed import quiet
 
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
 
@@ -35,8 +36,8 @@ def check_model(config: configuration.RunConfig, workers: int) -> str:
     import torch
 
     from model.vlm import build_model
-    from train.engine import freeze
-    from train.summary import describe
+    from train.engine.engine import freeze
+    from train.measure.summary import describe
 
     model = build_model(config.model, torch.bfloat16, meta=True)
     freeze(model, config.stage)
@@ -49,7 +50,7 @@ def plan_memory(config: configuration.RunConfig, workers: int) -> str:
     import torch
     from transformers import AutoTokenizer
 
-    from train import memory
+    from train.measure import memory
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.llm.path)

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import torch
 
-from model.adapter import save_adapter
+from common.errors import run_cli
 from model.config import parse_types
-from model.errors import run_cli
-from model.merging import merged
+from model.deploy.adapter import save_adapter
+from model.deploy.merging import merged
 from train import config as configuration
-from train import distributed
 from train.config import ConfigError
 from train.data import load_preprocessor
+from train.engine.export import exported_llm
 from train.evaluate import load_model
-from train.export import exported_llm
+from train.process import distributed
 
 
 @dataclass

@@ -15,8 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from model.errors import UserError, run_cli
-from train import slurm
+from common.errors import UserError, run_cli
+from train.cluster import slurm
 
 LINKS = ("prepare", "pretrain", "finetune", "evaluate")
 RECORD = "chain.json"

@@ -22,8 +22,8 @@ from typing import Any
 import psutil
 import torch
 
-from model.errors import UserError, run_cli
-from train import launch
+from common.errors import UserError, run_cli
+from train.process import launch
 
 
 class _PeakMemory(threading.Thread):
@@ -134,7 +134,7 @@ def main() -> int:
 
     steps.run("parts", "data_prep.parts")
     if arguments.llm == "tiny":
-        steps.run("tiny llm", "data_prep.tiny_llm")
+        steps.run("tiny llm", "data_prep.parts.tiny_llm")
     steps.run("data", "data_prep", "source=easy_vqa")
     results: dict[str, Any] = {}
     for connector in arguments.connectors:
@@ -172,8 +172,8 @@ def _connector(connector: str, arguments: argparse.Namespace, steps: Steps, out:
 
 def _report(arguments: argparse.Namespace, steps: Steps, out: Path, results: dict[str, Any], seconds: float) -> int:
     from train import config as configuration
-    from train import report
     from train.evaluate import image_of
+    from train.measure import report
 
     first = next(iter(results.values()))
     config = configuration.load(first["runs"]["finetune"] / "config.yaml")

@@ -24,16 +24,18 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from data_prep.schema import Split, write_atomically
-from model.errors import run_cli
+from common.errors import run_cli
+from common.files import write_atomically
+from data_prep.store.split import Split
 from model.loading import fingerprint
 from model.vlm import VisionLanguageModel, build_model
 from train import config as configuration
-from train import distributed, scoring
 from train.config import DTYPES, ConfigError, RunConfig
 from train.data import EvalLoader, load_preprocessor, make_text, open_split, open_train_split
-from train.export import exported_llm, load_connector
-from train.scoring import Question
+from train.engine.export import exported_llm, load_connector
+from train.measure import scoring
+from train.measure.scoring import Question
+from train.process import distributed
 
 
 @dataclass

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from model.errors import UserError, run_cli
+from common.errors import UserError, run_cli
 
 MIN_FREE_GIB = 20.0
 MAX_SKEW_SECONDS = 2.0
@@ -91,9 +91,9 @@ def check_inputs(report: Report, run_dir: Path) -> None:
     import json
 
     from model.loading import fingerprint
-    from train import checkpoint
     from train import config as configuration
     from train.data import open_split, open_train_split
+    from train.engine import checkpoint
 
     config = configuration.load(run_dir / "config.yaml")
     found = checkpoint.find(run_dir)
@@ -242,7 +242,7 @@ def main() -> int:
     run_dir = Path(sys.argv[1]) if len(sys.argv) == 2 else None
     import torch.distributed as dist
 
-    from train import distributed
+    from train.process import distributed
 
     report = Report()
     local_rank = int(os.environ.get("SLURM_LOCALID", os.environ.get("LOCAL_RANK", "0")))

@@ -20,10 +20,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from model.errors import UserError, run_cli
+from common.errors import UserError, run_cli
 from train import config as configuration
-from train import slurm, sweep
-from train.tracking import read_metrics
+from train.cluster import slurm, sweep
+from train.measure.tracking import read_metrics
 
 _COLUMNS = (
     "point",

@@ -1,7 +1,7 @@
 """`python -m train.worker RUN_DIR`: one rank of a run.
 
-Started by `train.launch` (on one machine), torchrun or srun (on a cluster), the same for a first start, a restart and a
-requeue: it goes on from the newest complete checkpoint in RUN_DIR. A finished run is left as it is.
+Started by `train.process.launch` (on one machine), torchrun or srun (on a cluster), the same for a first start, a
+restart and a requeue: it resumes from the newest complete checkpoint in RUN_DIR. A finished run is left as it is.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from train.signals import StopRequest
+from train.process.signals import StopRequest
 
 
 def run(path: Path) -> int:
@@ -19,9 +19,9 @@ def run(path: Path) -> int:
     stop = StopRequest(path, float(os.environ.get("VLORA_GRACE_SECONDS", "600")))
     stop.install()  # before the imports below, which take seconds
 
-    from train import distributed
     from train.config import load
-    from train.stage import run_stage
+    from train.engine.stage import run_stage
+    from train.process import distributed
 
     config = load(path / "config.yaml")
     device = distributed.init(config.engine.timeout_minutes)
@@ -45,6 +45,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from model.errors import run_cli
+    from common.errors import run_cli
 
     run_cli(main)

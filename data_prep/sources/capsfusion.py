@@ -1,8 +1,8 @@
 """CapsFusion-120M: URLs and captions in Parquet, the images fetched by img2dataset; docs/data.md has the command.
 
-Columns of the Parquet: ``image_url``, ``laion_2b`` (raw alternative text), ``laion_coco`` (BLIP), ``capsfusion`` (both
-fused). img2dataset leaves, per shard, ``00000.parquet`` with what became of every URL, ``00000_stats.json`` once the
-shard is done, and the images in ``00000.tar`` or in the Parquet's own column ``jpg``.
+Columns of the Parquet: `image_url`, `laion_2b` (raw alternative text), `laion_coco` (BLIP), `capsfusion` (both
+fused). img2dataset leaves, per shard, `00000.parquet` with what became of every URL, `00000_stats.json` once the
+shard is done, and the images in `00000.tar` or in the Parquet's own column `jpg`.
 
 A subset is chosen by hash: the rows with the smallest sha256 of their URL. It is the same wherever and in whatever
 order the rows are read, a smaller subset is part of a larger one, and it can be cut out before anything is fetched:
@@ -26,10 +26,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep import tars
-from data_prep.dialogues import exchange
-from data_prep.errors import DataError, Defect
-from data_prep.schema import Count, Dropped, Sample
+from data_prep.sources import tars
+from data_prep.store.errors import DataError, Defect
+from data_prep.store.sample import Count, Dropped, Sample
+from data_prep.text.dialogues import exchange
 
 SUCCESS = "success"
 _BINS = 1 << 16
@@ -46,9 +46,9 @@ class CapsFusion:
     """The source; one shard of img2dataset is one unit of work.
 
     Attributes:
-        path: img2dataset's output folder.
-        caption: ``capsfusion``, or ``laion_2b`` or ``laion_coco`` where img2dataset saved these columns as well.
-        samples: size of the subset, of the images that were fetched (a URL that occurs twice counts twice, and both of
+        path: Img2dataset's output folder.
+        caption: `capsfusion`, or `laion_2b` or `laion_coco` where img2dataset saved these columns as well.
+        samples: Size of the subset, of the images that were fetched (a URL that occurs twice counts twice, and both of
             its rows are in the subset or neither); null: all.
     """
 
@@ -63,10 +63,10 @@ class CapsFusion:
         return {"source": "capsfusion", "files": tars.listing(self.path, files), **settings}
 
     def plan(self) -> dict[str, list[list[Any]]]:
-        """Units ``[shard, largest hash in the subset]``.
+        """Units `[shard, largest hash in the subset]`.
 
         Raises:
-            DataError: no or unfinished shards, or fewer images than ``samples``.
+            DataError: no or unfinished shards, or fewer images than `samples`.
         """
         shards = sorted(file.stem for file in self.path.glob("[0-9]*.parquet"))
         if not shards:
@@ -196,13 +196,13 @@ def _failures(statuses: list[str], messages: list[str | None]) -> Iterator[Count
 
 
 def select(urls: Path, out: Path, fraction: float) -> tuple[int, int]:
-    """Copy the rows of CapsFusion's Parquet files that belong to the ``fraction`` with the smallest hashes.
+    """Copy the rows of CapsFusion's Parquet files that belong to the `fraction` with the smallest hashes.
 
     Returns:
         Rows kept and rows read.
 
     Raises:
-        DataError: no files, another fraction than above 0 and up to 1, or no column ``image_url``.
+        DataError: no files, another fraction than above 0 and up to 1, or no column `image_url`.
     """
     files = sorted(urls.glob("*.parquet"))
     if not files:
@@ -239,6 +239,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from model.errors import run_cli
+    from common.errors import run_cli
 
     run_cli(main)

@@ -1,10 +1,10 @@
 """easy-VQA: 64 x 64 pictures of one coloured shape, 13 answers, the official train/test split.
 
-Source: the PyPI package ``easy-vqa`` 1.0 (MIT). Six splits are made:
+Source: the PyPI package `easy-vqa` 1.0 (MIT). Six splits are made:
 
-    train, val       the official training questions, all questions of an image in one sample; ``val`` is split off BY
+    train, val       the official training questions, all questions of an image in one sample; `val` is split off BY
                      IMAGE, by the hash of its bytes
-    open_train       the questions of ``train`` whose answer is a shape or a color; three in four are yes/no questions,
+    open_train       the questions of `train` whose answer is a shape or a color; three in four are yes/no questions,
                      most of which are right from their text alone
     caption_train, caption_val   the same images, with captions from facts that their TRAINING questions state
     test             the official test images and questions, nothing else
@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.dialogues import exchange
-from data_prep.errors import DataError
-from data_prep.schema import Dialogue, Dropped, Sample
+from data_prep.store.errors import DataError
+from data_prep.store.sample import Dialogue, Dropped, Sample
+from data_prep.text.dialogues import exchange
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -36,7 +36,7 @@ _SUBJECT = re.compile(rf"what (?:is the (?P<color>{'|'.join(COLORS)}) shape|.*th
 
 
 def answer_type(answer: str) -> str:
-    """``shape``, ``color`` or ``yesno``: the kind of a reference answer.
+    """`shape`, `color` or `yesno`: the kind of a reference answer.
 
     Raises:
         DataError: not one of the 13 answers.
@@ -115,7 +115,7 @@ sentence, so that a frozen language model already expects what the image has to 
 
 
 def captions(known: Facts, style: str) -> list[Dialogue]:
-    """One dialogue per template of ``CAPTIONS[style]``; none unless both shape and colour are known.
+    """One dialogue per template of `CAPTIONS[style]`; none unless both shape and colour are known.
 
     Raises:
         DataError: no such style.
@@ -133,9 +133,9 @@ class EasyVQA:
     """The source.
 
     Attributes:
-        path: folder of the unpacked package data (``train/``, ``test/``).
-        captions: a key of ``CAPTIONS``.
-        val_fraction: share of the training images that go to validation.
+        path: Folder of the unpacked package data (`train/`, `test/`).
+        captions: A key of `CAPTIONS`.
+        val_fraction: Share of the training images that go to validation.
     """
 
     path: Path

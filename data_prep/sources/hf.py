@@ -1,4 +1,4 @@
-"""Any Hugging Face data set on disk with images and text: saved by ``save_to_disk``, or files ``datasets`` can load."""
+"""Any Hugging Face data set on disk with images and text: saved by `save_to_disk`, or files `datasets` can load."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep import tars
-from data_prep.dialogues import exchange, from_text_or_turns
-from data_prep.errors import DataError, Defect
-from data_prep.images import read_image
-from data_prep.schema import Count, Dropped, Sample
-from data_prep.sources import each
+from data_prep.sources import each, tars
+from data_prep.store.errors import DataError, Defect
+from data_prep.store.images import read_image
+from data_prep.store.sample import Count, Dropped, Sample
+from data_prep.text.dialogues import exchange, from_text_or_turns
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,16 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class HuggingFace:
-    """The source. Nothing is downloaded: ``huggingface-cli download --repo-type dataset`` does that.
+    """The source. Nothing is downloaded: `huggingface-cli download --repo-type dataset` does that.
 
     Attributes:
-        path: folder of ``save_to_disk``, or of Parquet, Arrow, JSON or CSV files or images with metadata.
-        split: which of its splits.
-        image: column of the images: image features, bytes, or paths below ``path``; one or a list. None: text-only.
-        text: column of the captions, of the answers (with ``question``), or of lists of turns.
-        question: column of questions; null: ``text`` holds captions or turns.
-        label: source of the samples.
-        samples_per_shard: rows in a unit of work.
+        path: Folder of `save_to_disk`, or of Parquet, Arrow, JSON or CSV files or images with metadata.
+        split: Which of its splits.
+        image: Column of the images: image features, bytes, or paths below `path`; one or a list. None: text-only.
+        text: Column of the captions, of the answers (with `question`), or of lists of turns.
+        question: Column of questions; null: `text` holds captions or turns.
+        label: Source of the samples.
+        samples_per_shard: Rows in a unit of work.
     """
 
     path: Path
@@ -52,7 +51,7 @@ class HuggingFace:
         return {"source": "hf", "files": tars.listing(self.path, files), **settings}
 
     def plan(self) -> dict[str, list[list[int]]]:
-        """Units ``[first row, end]``."""
+        """Units `[first row, end]`."""
         rows, step = len(self._open()), self.samples_per_shard
         return {self.split: [[start, min(start + step, rows)] for start in range(0, rows, step)]}
 

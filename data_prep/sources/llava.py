@@ -1,8 +1,8 @@
 """LLaVA's JSON files: LLaVA-Pretrain (558 K captions) and the LLaVA-1.5 mix (665 K dialogues), with their images.
 
-A record is ``{"id", "image": "folder/file.jpg", "conversations": [{"from": "human"|"gpt", "value"}, ...]}``; ``image``
+A record is `{"id", "image": "folder/file.jpg", "conversations": [{"from": "human"|"gpt", "value"}, ...]}`; `image`
 is absent from text-only dialogues and may be a list. The layout is that of LLaVA's instructions: the mix has
-``coco/train2017``, ``gqa/images``, ``ocr_vqa/images``, ``textvqa/train_images``, ``vg/VG_100K`` and ``vg/VG_100K_2``.
+`coco/train2017`, `gqa/images`, `ocr_vqa/images`, `textvqa/train_images`, `vg/VG_100K` and `vg/VG_100K_2`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_prep import json_stream
-from data_prep.dialogues import check_tokens, exchange, from_turns
-from data_prep.errors import Defect
-from data_prep.images import read_image
-from data_prep.schema import Count, Dialogue, Dropped, Sample, file_sha256
-from data_prep.sources import each
+from common.files import file_sha256
+from data_prep.sources import each, json_stream
+from data_prep.store.errors import Defect
+from data_prep.store.images import read_image
+from data_prep.store.sample import Count, Dialogue, Dropped, Sample
+from data_prep.text.dialogues import check_tokens, exchange, from_turns
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -27,12 +27,12 @@ class Llava:
     """The source.
 
     Attributes:
-        json: the JSON file.
-        images: folder that the records' image paths begin in.
-        captions: whether every dialogue is a caption: the instruction ("Describe the image concisely.") is left out, as
+        json: The JSON file.
+        images: Folder that the records' image paths begin in.
+        captions: Whether every dialogue is a caption: the instruction ("Describe the image concisely.") is left out, as
             LLaVA does in pre-training.
-        label: source of the samples; null: the first folder of the image's path, or ``text``.
-        samples_per_shard: records in a unit of work.
+        label: Source of the samples; null: the first folder of the image's path, or `text`.
+        samples_per_shard: Records in a unit of work.
     """
 
     json: Path
@@ -53,7 +53,7 @@ class Llava:
         }
 
     def plan(self) -> dict[str, list[list[int]]]:
-        """Units ``[number of the first record, first byte, end]``."""
+        """Units `[number of the first record, first byte, end]`."""
         ends = json_stream.boundaries(self.json, self.samples_per_shard)
         spans = zip(ends, ends[1:], strict=False)
         return {"train": [[n * self.samples_per_shard, start, stop] for n, (start, stop) in enumerate(spans)]}
@@ -96,11 +96,11 @@ def _caption(dialogue: Dialogue) -> Dialogue:
 def find_image(folder: Path, name: Any) -> Path:
     """The file of an image path in a record.
 
-    OCR-VQA's images were saved under the suffix of their URL while the mix says ``.jpg`` throughout, so a file of the
+    OCR-VQA's images were saved under the suffix of their URL while the mix says `.jpg` throughout, so a file of the
     same name with another suffix is the image.
 
     Raises:
-        Defect: not a path, one that leaves ``folder``, or no such file.
+        Defect: not a path, one that leaves `folder`, or no such file.
     """
     if not isinstance(name, str) or not name or "\0" in name:
         raise Defect("image path is no file name", repr(name))

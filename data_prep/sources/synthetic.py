@@ -1,6 +1,6 @@
 """Made-up pairs of tiny pictures and captions, any number of them: to measure a machine before the real data are there.
 
-Deterministic: sample ``n`` depends on the seed and ``n`` alone.
+Deterministic: sample `n` depends on the seed and `n` alone.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 from PIL import Image
 
-from data_prep.dialogues import exchange
-from data_prep.schema import Sample
+from data_prep.store.sample import Sample
+from data_prep.text.dialogues import exchange
 
 _WORDS = ("a", "the", "red", "blue", "small", "large", "round", "old", "dog", "house", "tree", "street", "on", "of")
 
@@ -24,11 +24,11 @@ class Synthetic:
     """The source.
 
     Attributes:
-        samples: how many.
-        samples_per_shard: of them in a unit of work.
-        side: of the pictures, in pixels.
-        words: captions have 4 to this many words.
-        seed: chooses pictures and captions.
+        samples: How many.
+        samples_per_shard: Of them in a unit of work.
+        side: Of the pictures, in pixels.
+        words: Captions have 4 to this many words.
+        seed: Chooses pictures and captions.
     """
 
     samples: int = 1_000_000
@@ -42,7 +42,7 @@ class Synthetic:
         return {"source": "synthetic", **asdict(self)}
 
     def plan(self) -> dict[str, list[list[int]]]:
-        """Units ``[first, end]``."""
+        """Units `[first, end]`."""
         step = self.samples_per_shard
         return {"train": [[start, min(start + step, self.samples)] for start in range(0, self.samples, step)]}
 

@@ -1,4 +1,4 @@
-"""Any WebDataset of images with text: tars whose members ``KEY.jpg``, ``KEY.txt`` or ``KEY.json`` make a sample."""
+"""Any WebDataset of images with text: tars whose members `KEY.jpg`, `KEY.txt` or `KEY.json` make a sample."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep import tars
-from data_prep.dialogues import from_text_or_turns
-from data_prep.errors import Defect
-from data_prep.schema import Count, Dropped, Sample
-from data_prep.sources import each
+from data_prep.sources import each, tars
+from data_prep.store.errors import Defect
+from data_prep.store.sample import Count, Dropped, Sample
+from data_prep.text.dialogues import from_text_or_turns
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
@@ -22,11 +21,11 @@ class WebDataset:
     """The source; one tar is one unit of work.
 
     Attributes:
-        path: folder of the tars, searched through all its folders.
-        image: suffix of the image's member; null: the one that is an image's.
-        text: suffix of the text's member, or ``json:KEY`` for a value in the member ``KEY.json``: a caption, or a list
-            of turns ``{"from", "value"}`` or ``{"role", "content"}``.
-        label: source of the samples.
+        path: Folder of the tars, searched through all its folders.
+        image: Suffix of the image's member; null: the one that is an image's.
+        text: Suffix of the text's member, or `json:KEY` for a value in the member `KEY.json`: a caption, or a list
+            of turns `{"from", "value"}` or `{"role", "content"}`.
+        label: Source of the samples.
     """
 
     path: Path

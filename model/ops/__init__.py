@@ -1,4 +1,4 @@
-"""The low-rank ops: ``y = x Wᵀ + s · (x A_b) B`` with one A per sample, and merging them into the weights."""
+"""The low-rank ops: `y = x Wᵀ + s · (x A_b) B` with one A per sample, and merging them into the weights."""
 
 from model.ops.backend import BACKENDS, set_backend
 from model.ops.lowrank import lowrank_delta, lowrank_linear, lowrank_linear_group

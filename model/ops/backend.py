@@ -15,16 +15,16 @@ _chosen = "auto"
 def set_backend(name: str, device: torch.device | None = None) -> str | None:
     """Choose the backend of all low-rank ops of this process.
 
-    ``auto``: ``hybrid`` for CUDA tensors where Triton is installed, else ``cpu``. ``reference``: plain differentiable
-    torch. ``cpu``: plain torch, accumulating in place (it runs on CUDA too). ``hybrid``: Triton around cuBLAS.
-    ``fused``: Triton base GEMM where the tuner has measured it fast enough, else as ``hybrid``.
+    `auto`: `hybrid` for CUDA tensors where Triton is installed, else `cpu`. `reference`: plain differentiable
+    torch. `cpu`: plain torch, accumulating in place (it runs on CUDA too). `hybrid`: Triton around cuBLAS.
+    `fused`: Triton base GEMM where the tuner has measured it fast enough, else as `hybrid`.
 
     Args:
-        name: one of ``BACKENDS``.
-        device: where the ops are going to run, to find out now whether they can.
+        name: One of `BACKENDS`.
+        device: Where the ops are going to run, to find out now whether they can.
 
     Returns:
-        The backend that runs on ``device``, never ``auto``; None without a device.
+        The backend that runs on `device`, never `auto`; None without a device.
 
     Raises:
         ValueError: unknown name, or a Triton backend where Triton cannot run.
@@ -42,7 +42,7 @@ def set_backend(name: str, device: torch.device | None = None) -> str | None:
 
 
 def backend_for(device: torch.device) -> str:
-    """The backend that runs tensors on ``device`` (never ``auto``)."""
+    """The backend that runs tensors on `device` (never `auto`)."""
     if _chosen == "auto":
         return "hybrid" if device.type == "cuda" and triton_installed() else "cpu"
     return _chosen

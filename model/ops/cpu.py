@@ -1,6 +1,6 @@
 """The CPU backend: as few passes over memory as plain torch allows, any floating dtype.
 
-Both GEMMs of an output, and of the gradient of x, accumulate in one place (``addmm_``, ``baddbmm_``), so nothing of
+Both GEMMs of an output, and of the gradient of x, accumulate in one place (`addmm_`, `baddbmm_`), so nothing of
 size [T, d_out] or [T, d_in] is written beyond what the plain linear layer writes. When every sample owns the same
 number of consecutive tokens, one batched GEMM serves all of them; otherwise one GEMM per run of tokens of one sample.
 """
@@ -19,7 +19,7 @@ Run = tuple[int, int, int]
 
 
 def shrink(x: Tensor, a: Sequence[Tensor], scale: float, segments: Segments) -> Tensor:
-    """``z_g = scale * x A_g`` [G, T, r]; zero for tokens without a sample. x [T, d_in]; a: G of [S, d_in, r]."""
+    """`z_g = scale * x A_g` [G, T, r]; zero for tokens without a sample. x [T, d_in]; a: G of [S, d_in, r]."""
     z = x.new_empty(len(a), x.shape[0], a[0].shape[2])
     if n := segments.per_sample:
         for z_g, a_g in zip(z, a, strict=True):
@@ -37,7 +37,7 @@ def shrink(x: Tensor, a: Sequence[Tensor], scale: float, segments: Segments) -> 
 
 
 def project(x: Tensor, weight: Tensor | None, bias: Tensor | None, z: Tensor, b: Tensor, segments: Segments) -> Tensor:
-    """``x Wᵀ + bias + z B`` [T, d_out]; without a weight only ``z B``. Tokens without a sample cost nothing more."""
+    """`x Wᵀ + bias + z B` [T, d_out]; without a weight only `z B`. Tokens without a sample cost nothing more."""
     spans = [(0, x.shape[0])] if segments.per_sample else _spans(_runs(segments))
     if weight is not None:
         y = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
@@ -53,7 +53,7 @@ def project(x: Tensor, weight: Tensor | None, bias: Tensor | None, z: Tensor, b:
 def input_grad(
     dy: Sequence[Tensor], weights: Sequence[Tensor], dz: Tensor, a: Sequence[Tensor], segments: Segments
 ) -> Tensor:
-    """``dx = Σ_g dy_g W_g + dz_g A_gᵀ`` [T, d_in], accumulated in one buffer; ``weights`` may be empty."""
+    """`dx = Σ_g dy_g W_g + dz_g A_gᵀ` [T, d_in], accumulated in one buffer; `weights` may be empty."""
     dx = torch.mm(dy[0], weights[0]) if weights else dz.new_zeros(dz.shape[1], a[0].shape[1])
     for dy_g, w in zip(dy[1:], weights[1:], strict=True) if weights else ():
         dx.addmm_(dy_g, w)
@@ -68,7 +68,7 @@ def input_grad(
 
 
 def factor_grad(x: Tensor, dz: Tensor, segments: Segments) -> Tensor:
-    """``dA_g = x_sᵀ dz_g`` [G, S, d_in, r] for every sample, exactly zero for samples without tokens."""
+    """`dA_g = x_sᵀ dz_g` [G, S, d_in, r] for every sample, exactly zero for samples without tokens."""
     samples = len(segments.first) - 1
     da = x.new_empty(dz.shape[0], samples, x.shape[1], dz.shape[2])
     if n := segments.per_sample:

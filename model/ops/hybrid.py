@@ -1,7 +1,7 @@
-"""The CUDA backends: Triton for the thin products; the base GEMM by cuBLAS (``hybrid``) or by Triton (``fused``).
+"""The CUDA backends: Triton for the thin products; the base GEMM by cuBLAS (`hybrid`) or by Triton (`fused`).
 
 Hybrid writes the low-rank product first and lets cuBLAS read it as the matrix it accumulates into (beta = 1), under
-the shadow of the big GEMM: no separate addition, no second output. ``addmm_`` in place, because the out-of-place form
+the shadow of the big GEMM: no separate addition, no second output. `addmm_` in place, because the out-of-place form
 copies the accumulator first.
 """
 
@@ -21,7 +21,7 @@ __all__ = ["factor_grad", "input_grad", "project", "shrink"]
 
 
 def project(x: Tensor, weight: Tensor | None, bias: Tensor | None, z: Tensor, b: Tensor, segments: Segments) -> Tensor:
-    """``x Wᵀ + bias + z B`` [T, d_out]; without a weight only ``z B``."""
+    """`x Wᵀ + bias + z B` [T, d_out]; without a weight only `z B`."""
     if weight is None:
         return torch.mm(z, b)
     if (tile := _fused_tile(x, *weight.shape, z.shape[1])) is not None:
@@ -33,7 +33,7 @@ def project(x: Tensor, weight: Tensor | None, bias: Tensor | None, z: Tensor, b:
 def input_grad(
     dy: Sequence[Tensor], weights: Sequence[Tensor], dz: Tensor, a: Sequence[Tensor], segments: Segments
 ) -> Tensor:
-    """``dx = Σ_g dy_g W_g + dz_g A_gᵀ`` [T, d_in], accumulated in one buffer; ``weights`` may be empty."""
+    """`dx = Σ_g dy_g W_g + dz_g A_gᵀ` [T, d_in], accumulated in one buffer; `weights` may be empty."""
     tiles = [_fused_tile(dy_g, *w.t().shape, dz.shape[2]) for dy_g, w in zip(dy, weights, strict=False)]
     if tiles and None not in tiles:
         dx = None

@@ -1,6 +1,6 @@
-"""The op this project is about: ``y = x Wᵀ + bias + s · (x A_b) B``, with an A for every sample of the batch.
+"""The op this project is about: `y = x Wᵀ + bias + s · (x A_b) B`, with an A for every sample of the batch.
 
-T tokens, S samples, G projections that share x. Formulas, with ``z = s x A_b`` ([T, r], s applied in the accumulator
+T tokens, S samples, G projections that share x. Formulas, with `z = s x A_b` ([T, r], s applied in the accumulator
 before rounding):
 
     y  = x Wᵀ + bias + z B                     dz = s dy Bᵀ
@@ -10,8 +10,8 @@ before rounding):
 Saved for backward, per token: x (d_in elements, which the plain linear with a trained weight saves too) and z (G · r
 elements). Parameters and factors are saved as they are, not copied; nothing of size d_out is saved.
 
-The public functions are ``lowrank_linear``, ``lowrank_linear_group`` and ``lowrank_delta``; they call the custom op
-``vlora::lowrank_linear`` (fake, autograd, autocast and FLOP-formula registered), except for the ``reference`` backend,
+The public functions are `lowrank_linear`, `lowrank_linear_group` and `lowrank_delta`; they call the custom op
+`vlora::lowrank_linear` (fake, autograd, autocast and FLOP-formula registered), except for the `reference` backend,
 which is plain differentiable torch.
 """
 
@@ -38,21 +38,21 @@ def lowrank_linear(
     bias: Tensor | None = None,
     rows: Rows | Segments | Tensor | None = None,
 ) -> Tensor:
-    """A linear layer plus the low-rank update of each token's sample: ``x Wᵀ + bias + scale * (x A_s) B``.
+    """A linear layer plus the low-rank update of each token's sample: `x Wᵀ + bias + scale * (x A_s) B`.
 
     Args:
         x: [R, L, d_in] padded rows, or [T, d_in] packed tokens.
         weight: [d_out, d_in]. Pass the Parameter itself: it is what is saved for backward (ZeRO-3 needs that).
         a: [S, d_in, r], one factor per sample.
         b: [r, d_out], shared by all samples.
-        scale: alpha / r.
+        scale: Alpha / r.
         bias: [d_out] or None.
-        rows: the sample of each row (``Rows.padded`` or an int [R] tensor) or of each segment (``Rows.packed``); -1 for
+        rows: The sample of each row (`Rows.padded` or an int [R] tensor) or of each segment (`Rows.packed`); -1 for
             a row without an image, which gets the plain linear layer exactly. None: row i is sample i, and a single
-            sample serves every row. Build ``Rows`` once per batch: a tensor is read on the host at every call.
+            sample serves every row. Build `Rows` once per batch: a tensor is read on the host at every call.
 
     Returns:
-        [..., d_out] in the dtype of ``x`` (of autocast, where that is on).
+        [..., d_out] in the dtype of `x` (of autocast, where that is on).
 
     Raises:
         ValueError: shapes, dtypes or rows do not fit together.
@@ -71,7 +71,7 @@ def lowrank_linear_group(
     biases: Sequence[Tensor] = (),
     rows: Rows | Segments | Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """``lowrank_linear`` for G projections that share x (q, k, v; gate, up): one shrink, one dx.
+    """`lowrank_linear` for G projections that share x (q, k, v; gate, up): one shrink, one dx.
 
     The projections may differ in d_out (grouped-query attention) but not in d_in or r.
 
@@ -80,9 +80,9 @@ def lowrank_linear_group(
         weights: G of [d_out_g, d_in].
         a: G of [S, d_in, r].
         b: G of [r, d_out_g].
-        scale: alpha / r.
+        scale: Alpha / r.
         biases: G of [d_out_g], or empty.
-        rows: as for ``lowrank_linear``.
+        rows: As for `lowrank_linear`.
 
     Returns:
         G outputs [..., d_out_g].
@@ -96,9 +96,9 @@ def lowrank_linear_group(
 def lowrank_delta(
     x: Tensor, a: Tensor, b: Tensor, scale: float, *, rows: Rows | Segments | Tensor | None = None
 ) -> Tensor:
-    """Only the low-rank term, ``scale * (x A_s) B``: for the ``m`` type, parallel to the whole MLP.
+    """Only the low-rank term, `scale * (x A_s) B`: for the `m` type, parallel to the whole MLP.
 
-    Arguments, result and errors as for ``lowrank_linear``; rows without an image are zero.
+    Arguments, result and errors as for `lowrank_linear`; rows without an image are zero.
     """
     return _apply(x, [], [], [a], [b], scale, rows)[0]
 
@@ -163,7 +163,7 @@ def lowrank_linear_op(
     max_len: int,
     scale: float,
 ) -> list[Tensor]:
-    """G outputs [T, d_out_g] and z [G, T, r]. ``x`` [T, d_in]; ``segments`` as ``Segments.tensors()``."""
+    """G outputs [T, d_out_g] and z [G, T, r]. `x` [T, d_in]; `segments` as `Segments.tensors()`."""
     segments = Segments(*segments, per_sample, max_len, x.shape[0])
     return forward(_kernels(x.device), x, weights, biases, a, b, scale, segments)
 
@@ -178,7 +178,7 @@ def forward(
     scale: float,
     segments: Segments,
 ) -> list[Tensor]:
-    """The op's forward on one backend (``cpu`` or ``hybrid``): G outputs and, last, z [G, T, r]."""
+    """The op's forward on one backend (`cpu` or `hybrid`): G outputs and, last, z [G, T, r]."""
     z = kernels.shrink(x, a, scale, segments)
     none = [None] * len(a)
     parts = zip(weights or none, biases or none, z, b, strict=True)
@@ -238,7 +238,7 @@ def backward(
     need_dw: bool,
     need_dbias: bool,
 ) -> list[Tensor]:
-    """The op's backward on one backend, see ``lowrank_linear_backward_op``."""
+    """The op's backward on one backend, see `lowrank_linear_backward_op`."""
     out = []
     if need_dx or need_da:
         dz = torch.empty_like(z)
@@ -316,7 +316,7 @@ lowrank_linear_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _register_autocast(device_type: str) -> torch.library.Library:
-    """Run the op in autocast's dtype, whichever it is (``custom_op.register_autocast`` would fix one)."""
+    """Run the op in autocast's dtype, whichever it is (`custom_op.register_autocast` would fix one)."""
 
     def in_autocast_dtype(x, weights, biases, a, b, *layout):
         dtype = torch.get_autocast_dtype(device_type)

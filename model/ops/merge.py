@@ -19,7 +19,7 @@ class Placed:
     """One projection and its low-rank factors for one sample.
 
     Attributes:
-        kind: its type, one of ``MERGEABLE``.
+        kind: Its type, one of `MERGEABLE`.
         weight: [d_out, d_in], the projection's own weight (the Parameter).
         a: [d_in, r].
         b: [r, d_out].
@@ -36,8 +36,8 @@ class Merged:
     """Weights that currently hold a sample's update, with the pristine ones kept beside them.
 
     Attributes:
-        weights: the merged parameters.
-        pristine: their storage from before the merge, in the same order; never written.
+        weights: The merged parameters.
+        pristine: Their storage from before the merge, in the same order; never written.
     """
 
     weights: list[Tensor]
@@ -45,20 +45,20 @@ class Merged:
 
 
 def merge_(placed: Iterable[Placed], scale: float) -> Merged:
-    """Point every weight at ``W + scale * (A B)ᵀ``; the pristine values stay in memory untouched.
+    """Point every weight at `W + scale * (A B)ᵀ`; the pristine values stay in memory untouched.
 
     Accumulated in fp32 (fp64 for fp64 weights) and rounded once. Costs one extra copy of the merged matrices. The
-    factors do not become part of a graph. Under ZeRO-3 use ``merge_shard`` on each rank's flat partition instead.
+    factors do not become part of a graph. Under ZeRO-3 use `merge_shard` on each rank's flat partition instead.
 
     Args:
-        placed: the projections; a weight may appear once.
-        scale: alpha / r.
+        placed: The projections; a weight may appear once.
+        scale: Alpha / r.
 
     Returns:
-        What ``restore_`` needs.
+        What `restore_` needs.
 
     Raises:
-        ValueError: a type that is no weight update (``m``), a weight named twice, or shapes that do not fit.
+        ValueError: a type that is no weight update (`m`), a weight named twice, or shapes that do not fit.
     """
     placed = list(placed)
     _check(placed)
@@ -76,9 +76,9 @@ def restore_(merged: Merged) -> None:
 
 @torch.no_grad()
 def merged_weights(pristine: Sequence[Tensor], placed: Sequence[Placed], scale: float) -> list[Tensor]:
-    """``W + scale * (A B)ᵀ`` of every projection as new tensors; one kernel launch for all of them on CUDA.
+    """`W + scale * (A B)ᵀ` of every projection as new tensors; one kernel launch for all of them on CUDA.
 
-    ``pristine``: the W to start from, [d_out, d_in] each, contiguous.
+    `pristine`: the W to start from, [d_out, d_in] each, contiguous.
     """
     one_launch = (
         placed
@@ -100,10 +100,10 @@ class MergeError:
     """What rounding to the weight's dtype costs one merged update.
 
     Attributes:
-        kind: type of the projection.
-        norm: ``|dW|``, Frobenius.
-        size: ``|dW| / |W|``.
-        error: ``|stored update - dW| / |dW|``. About 1.7e-3 / size in bf16: small updates drown.
+        kind: Type of the projection.
+        norm: `|dW|`, Frobenius.
+        size: `|dW| / |W|`.
+        error: `|stored update - dW| / |dW|`. About 1.7e-3 / size in bf16: small updates drown.
     """
 
     kind: str
@@ -114,7 +114,7 @@ class MergeError:
 
 @torch.no_grad()
 def merge_errors(merged: Merged, placed: Sequence[Placed], scale: float) -> list[MergeError]:
-    """The error of each merged weight, in the order of ``placed`` (as given to ``merge_``)."""
+    """The error of each merged weight, in the order of `placed` (as given to `merge_`)."""
     errors = []
     for weight, pristine, p in zip(merged.weights, merged.pristine, placed, strict=True):
         update = (scale * (p.a.double() @ p.b.double())).t()
@@ -127,27 +127,27 @@ def merge_errors(merged: Merged, placed: Sequence[Placed], scale: float) -> list
 
 @torch.no_grad()
 def merged_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """``W + scale * (A B)ᵀ`` as a new tensor [d_out, d_in] in the dtype of ``weight``; one rounding."""
+    """`W + scale * (A B)ᵀ` as a new tensor [d_out, d_in] in the dtype of `weight`; one rounding."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     total = torch.addmm(weight.to(wide), b.t().to(wide), a.t().to(wide), alpha=scale)
     return total.to(weight.dtype)
 
 
 def merge_shard(shard: Tensor, start: int, shape: Sequence[int], a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """The same merge on a piece of a weight: elements ``[start, start + len(shard))`` of ``weight.view(-1)``.
+    """The same merge on a piece of a weight: elements `[start, start + len(shard))` of `weight.view(-1)`.
 
     Equal to the piece of the merged whole, so ZeRO-3 partitions merge in place of a gather.
 
     Args:
         shard: [n], any cut, also inside a row.
-        start: flat index of its first element.
+        start: Flat index of its first element.
         shape: (d_out, d_in) of the whole weight.
         a: [d_in, r].
         b: [r, d_out].
-        scale: alpha / r.
+        scale: Alpha / r.
 
     Returns:
-        [n] in the dtype of ``shard``.
+        [n] in the dtype of `shard`.
 
     Raises:
         ValueError: the piece does not lie inside the weight.

@@ -8,9 +8,9 @@ from torch import Tensor
 def split_perceptual(generated: Tensor) -> tuple[Tensor, ...]:
     """The A factors of each group from the generator's output for one type.
 
-    Always this, never ``generated[:, g]``: the gradient of an index is a zero tensor of the whole output with one slice
+    Always this, never `generated[:, g]`: the gradient of an index is a zero tensor of the whole output with one slice
     filled in, once per group, and autograd adds them all up (2 GB, forty times per step at the paper's sizes). The
-    gradient of ``unbind`` writes every slice once.
+    gradient of `unbind` writes every slice once.
 
     Args:
         generated: [S, G, d_in, r], samples by groups.
@@ -19,7 +19,7 @@ def split_perceptual(generated: Tensor) -> tuple[Tensor, ...]:
         G views [S, d_in, r]; no copy is made.
 
     Raises:
-        ValueError: ``generated`` is not four-dimensional.
+        ValueError: `generated` is not four-dimensional.
     """
     if generated.dim() != 4:
         raise ValueError(f"expected the generator's output as [S, G, d_in, r], got {tuple(generated.shape)}")

@@ -15,17 +15,17 @@ from model.ops.rows import NO_SAMPLE, Segments
 
 
 def lowrank_update(x: Tensor, a: Tensor, b: Tensor, scale: float, segments: Segments) -> Tensor:
-    """``scale * (x A_s) B`` for the sample s of each token.
+    """`scale * (x A_s) B` for the sample s of each token.
 
     Args:
         x: [T, d_in].
         a: [S, d_in, r].
         b: [r, d_out].
-        scale: alpha / r.
-        segments: the sample of each token.
+        scale: Alpha / r.
+        segments: The sample of each token.
 
     Returns:
-        [T, d_out] in the dtype of ``x``; tokens without a sample are zero. Half precision is accumulated in fp32.
+        [T, d_out] in the dtype of `x`; tokens without a sample are zero. Half precision is accumulated in fp32.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     offsets = segments.offsets.tolist()
@@ -49,9 +49,9 @@ def lowrank_linear_group(
     scale: float,
     segments: Segments,
 ) -> list[Tensor]:
-    """``x W_gᵀ + bias_g + scale * (x A_g) B_g`` for every projection g of a group that shares ``x`` [T, d_in].
+    """`x W_gᵀ + bias_g + scale * (x A_g) B_g` for every projection g of a group that shares `x` [T, d_in].
 
-    ``weights`` may be empty: then only the low-rank term. ``biases`` may be empty.
+    `weights` may be empty: then only the low-rank term. `biases` may be empty.
     """
     outputs = []
     for g, (a_g, b_g) in enumerate(zip(a, b, strict=True)):

@@ -18,12 +18,12 @@ class Segments:
     """Runs of tokens with one sample each, laid out for kernels; N segments, S samples.
 
     Attributes:
-        offsets: int32 [N + 1]; segment i holds tokens ``offsets[i]:offsets[i + 1]``.
-        sample: int32 [N], the sample of each segment or ``NO_SAMPLE``.
+        offsets: int32 [N + 1]; segment i holds tokens `offsets[i]:offsets[i + 1]`.
+        sample: int32 [N], the sample of each segment or `NO_SAMPLE`.
         order: int32 [M], the M segments that have a sample, sorted by sample.
-        first: int32 [S + 1]; the segments of sample s are ``order[first[s]:first[s + 1]]``.
-        per_sample: n > 0 when token t belongs to sample ``t // n`` throughout (a reshape replaces all lookups), else 0.
-        max_len: tokens of the longest segment.
+        first: int32 [S + 1]; the segments of sample s are `order[first[s]:first[s + 1]]`.
+        per_sample: N > 0 when token t belongs to sample `t // n` throughout (a reshape replaces all lookups), else 0.
+        max_len: Tokens of the longest segment.
         n_tokens: T, the tokens of all segments.
     """
 
@@ -49,13 +49,13 @@ class Segments:
 class Rows:
     """The sample of each row of a padded batch, or of each segment of a packed one.
 
-    Build it once per batch (``Rows.padded`` or ``Rows.packed``) and hand it to every projection; the index tensors are
+    Build it once per batch (`Rows.padded` or `Rows.packed`) and hand it to every projection; the index tensors are
     cached per (row length, device), so that generation with its growing rows pays for them once.
 
     Attributes:
-        sample: sample id of each row or segment; ``NO_SAMPLE`` for none.
-        n_samples: S, the number of samples that ``a`` will hold.
-        offsets: token offsets of the packed segments, None for padded rows.
+        sample: Sample id of each row or segment; `NO_SAMPLE` for none.
+        n_samples: S, the number of samples that `a` will hold.
+        offsets: Token offsets of the packed segments, None for padded rows.
     """
 
     sample: tuple[int, ...]
@@ -77,16 +77,16 @@ class Rows:
 
     @classmethod
     def padded(cls, row_to_sample: Tensor | Sequence[int], n_samples: int) -> Rows:
-        """Rows of equal length. ``row_to_sample``: int [R]; reading a CUDA tensor synchronises once."""
+        """Rows of equal length. `row_to_sample`: int [R]; reading a CUDA tensor synchronises once."""
         return cls(tuple(_ints(row_to_sample)), n_samples)
 
     @classmethod
     def packed(cls, offsets: Tensor | Sequence[int], segment_to_sample: Tensor | Sequence[int], n_samples: int) -> Rows:
-        """Segments of any length, end to end. ``offsets``: int [N + 1] from 0; ``segment_to_sample``: int [N]."""
+        """Segments of any length, end to end. `offsets`: int [N + 1] from 0; `segment_to_sample`: int [N]."""
         return cls(tuple(_ints(segment_to_sample)), n_samples, tuple(_ints(offsets)))
 
     def segments(self, length: int, device: torch.device) -> Segments:
-        """The segments on ``device``; ``length`` is the row length (ignored when packed)."""
+        """The segments on `device`; `length` is the row length (ignored when packed)."""
         key = (length if self.offsets is None else -1, device)
         if key not in self._cache:
             self._cache[key] = self._build(length, device)
@@ -131,11 +131,11 @@ def _unnamed(n_samples: int, n_rows: int) -> Rows:
 def as_segments(
     rows: Rows | Segments | Tensor | None, n_samples: int, lead: Sequence[int], device: torch.device
 ) -> Segments:
-    """What the public functions accept as ``rows``, laid out for x [R, L, ...] or [T, ...] whose ``lead`` is (R, L) or
+    """What the public functions accept as `rows`, laid out for x [R, L, ...] or [T, ...] whose `lead` is (R, L) or
     (T,). None is row i for sample i, or one sample for all.
 
     Raises:
-        ValueError: ``rows`` was built for another number of samples or tokens.
+        ValueError: `rows` was built for another number of samples or tokens.
     """
     length = lead[1] if len(lead) == 2 else 1
     if rows is None:

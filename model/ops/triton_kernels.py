@@ -1,10 +1,10 @@
 """Triton kernels of the low-rank ops and their launchers.
 
-Layouts: x [T, d_in], a_g [S, d_in, r], z [G, T, r], all with contiguous rows; segments as ``rows.Segments``. Products
+Layouts: x [T, d_in], a_g [S, d_in, r], z [G, T, r], all with contiguous rows; segments as `rows.Segments`. Products
 accumulate in fp32 and are rounded once. Up to three projections share a launch, so that x is read once for q, k and v.
 
-Triton's interpreter (3.6 to 3.9) multiplies the raw bits of bf16 in ``tl.dot`` and truncates when it converts fp32 to
-bf16; ``_dot`` and ``_round`` do both properly there and compile to the plain instruction on a GPU.
+Triton's interpreter (3.6 to 3.9) multiplies the raw bits of bf16 in `tl.dot` and truncates when it converts fp32 to
+bf16; `_dot` and `_round` do both properly there and compile to the plain instruction on a GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def _dot(left, right, acc):
-    """``acc + left @ right`` in fp32, without TF32."""
+    """`acc + left @ right` in fp32, without TF32."""
     if INTERPRETED:
         left = left.to(tl.float32)
         right = right.to(tl.float32)
@@ -35,7 +35,7 @@ def _dot(left, right, acc):
 
 @triton.jit
 def _round(value, dtype: tl.constexpr):
-    """fp32 to ``dtype``, to nearest even."""
+    """fp32 to `dtype`, to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -74,7 +74,7 @@ def shrink_kernel(
     BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """``z[g, t] = scale * x[t] A_g[sample of t]``. Grid: (tiles of r, tiles of the longest segment, segments)."""
+    """`z[g, t] = scale * x[t] A_g[sample of t]`. Grid: (tiles of r, tiles of the longest segment, segments)."""
     segment = tl.program_id(2)
     end = tl.load(offsets + segment + 1)
     t0 = tl.load(offsets + segment) + tl.program_id(1) * BLOCK_T
@@ -152,7 +152,7 @@ def expand_kernel(
     BLOCK_R: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """``dx[t] = Σ_g dz[g, t] A_gᵀ``, written once. Grid: (tiles of d_in, tiles of the longest segment, segments)."""
+    """`dx[t] = Σ_g dz[g, t] A_gᵀ`, written once. Grid: (tiles of d_in, tiles of the longest segment, segments)."""
     segment = tl.program_id(2)
     end = tl.load(offsets + segment + 1)
     t0 = tl.load(offsets + segment) + tl.program_id(1) * BLOCK_T
@@ -195,7 +195,7 @@ def factor_grad_kernel(
     BLOCK_T: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """``da[g, s] = Σ x[t]ᵀ dz[g, t]`` over the segments of sample s. Grid: (tiles of r, tiles of d_in, samples)."""
+    """`da[g, s] = Σ x[t]ᵀ dz[g, t]` over the segments of sample s. Grid: (tiles of r, tiles of d_in, samples)."""
     s = tl.program_id(2)
     ks = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     cols = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -262,7 +262,7 @@ def gemm_lowrank_kernel(
     GROUP_M: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """``y (+)= x W + bias + z L``: a GEMM whose inner dimension is extended by r. One-dimensional grid of output tiles.
+    """`y (+)= x W + bias + z L`: a GEMM whose inner dimension is extended by r. One-dimensional grid of output tiles.
 
     W is addressed by (w_n, w_k), so that W and Wᵀ both serve. L is shared [r, n] or, with PER_SAMPLE, that of each
     token's sample; a tile of tokens that spans several segments adds one product for each of them.
@@ -355,7 +355,7 @@ def merge_kernel(
     BLOCK_R: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """``W' = W + scale * (A B)ᵀ`` for P matrices of any shapes in one launch. Grid: (tiles of the largest, P).
+    """`W' = W + scale * (A B)ᵀ` for P matrices of any shapes in one launch. Grid: (tiles of the largest, P).
 
     source, target, a, b: int64 [P] addresses; a is [d_in, r], b is passed transposed as [d_out, r], both contiguous.
     width: int64 [P], d_in. start, end: int64 [P], the flat range of W that source and target hold. ALIGNED: all
@@ -400,9 +400,9 @@ def merge_kernel(
 
 
 def shrink(x: Tensor, a: Sequence[Tensor], scale: float, segments: Segments, **tile) -> Tensor:
-    """``z_g = scale * x A_g`` [G, T, r] in the dtype of x; zero for tokens without a sample.
+    """`z_g = scale * x A_g` [G, T, r] in the dtype of x; zero for tokens without a sample.
 
-    x [T, d_in]; a: G of [S, d_in, r]; ``tile`` overrides block sizes, ``num_warps`` and ``num_stages``.
+    x [T, d_in]; a: G of [S, d_in, r]; `tile` overrides block sizes, `num_warps` and `num_stages`.
     """
     x, a = _rows_contiguous(x), _same_strides(a)
     (tokens, d_in), r = x.shape, a[0].shape[2]
@@ -432,7 +432,7 @@ def shrink(x: Tensor, a: Sequence[Tensor], scale: float, segments: Segments, **t
 
 
 def expand(dz: Tensor, a: Sequence[Tensor], segments: Segments, **tile) -> Tensor:
-    """``Σ_g dz_g A_gᵀ`` [T, d_in]: the low-rank part of dx. dz [G, T, r] contiguous; a: at most 3 of [S, d_in, r]."""
+    """`Σ_g dz_g A_gᵀ` [T, d_in]: the low-rank part of dx. dz [G, T, r] contiguous; a: at most 3 of [S, d_in, r]."""
     a = _same_strides(a)
     (_, tokens, r), d_in = dz.shape, a[0].shape[1]
     dx = torch.empty(tokens, d_in, dtype=dz.dtype, device=dz.device)
@@ -457,7 +457,7 @@ def expand(dz: Tensor, a: Sequence[Tensor], segments: Segments, **tile) -> Tenso
 
 
 def factor_grad(x: Tensor, dz: Tensor, segments: Segments, **tile) -> Tensor:
-    """``dA_g = x_sᵀ dz_g`` [G, S, d_in, r] for every sample, exactly zero for samples without tokens.
+    """`dA_g = x_sᵀ dz_g` [G, S, d_in, r] for every sample, exactly zero for samples without tokens.
 
     x [T, d_in]; dz [G, T, r] contiguous.
     """
@@ -497,17 +497,17 @@ def gemm_lowrank(
     add_to: Tensor | None = None,
     **tile,
 ) -> Tensor:
-    """``x Wᵀ + bias + z L`` [T, n] in one kernel.
+    """`x Wᵀ + bias + z L` [T, n] in one kernel.
 
     Args:
         x: [T, d].
         w: [n, d], any strides (a transposed weight for dx).
         z: [T, r] contiguous.
-        low: [r, n], or [S, r, n] together with ``segments``: each token's own.
-        segments: the sample of each token; needed with a per-sample ``low``.
+        low: [r, n], or [S, r, n] together with `segments`: each token's own.
+        segments: The sample of each token; needed with a per-sample `low`.
         bias: [n] or None.
         add_to: [T, n] contiguous, accumulated into and returned.
-        tile: overrides block sizes, ``GROUP_M``, ``num_warps`` and ``num_stages``.
+        tile: Overrides block sizes, `GROUP_M`, `num_warps` and `num_stages`.
     """
     x = _rows_contiguous(x)
     (tokens, d), n, r = x.shape, w.shape[0], z.shape[1]
@@ -566,16 +566,16 @@ def merge(
     starts: Sequence[int] | None = None,
     **tile,
 ) -> None:
-    """Write ``W + scale * (A B)ᵀ`` of every source to its target, P matrices or pieces of matrices in one launch.
+    """Write `W + scale * (A B)ᵀ` of every source to its target, P matrices or pieces of matrices in one launch.
 
     Args:
-        sources: P weights [d_out, d_in], or flat pieces [n] with ``starts``; contiguous, all of one dtype.
-        targets: as ``sources``; may be the same tensors.
+        sources: P weights [d_out, d_in], or flat pieces [n] with `starts`; contiguous, all of one dtype.
+        targets: As `sources`; may be the same tensors.
         a: P of [d_in, r].
         b: P of [r, d_out].
-        scale: alpha / r.
-        starts: flat index of each piece's first element.
-        tile: overrides block sizes, ``num_warps`` and ``num_stages``.
+        scale: Alpha / r.
+        starts: Flat index of each piece's first element.
+        tile: Overrides block sizes, `num_warps` and `num_stages`.
     """
     if not sources:
         return
@@ -620,7 +620,7 @@ _TRITON_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfl
 
 
 def _block(size: int, largest: int) -> int:
-    """Block for a dimension of ``size``: a power of two from 16, the least that tensor cores take."""
+    """Block for a dimension of `size`: a power of two from 16, the least that tensor cores take."""
     return max(16, min(largest, triton.next_power_of_2(size)))
 
 

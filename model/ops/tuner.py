@@ -1,6 +1,6 @@
 """Where the fused base GEMM is used: only at shapes where this GPU has been measured to run it fast enough.
 
-``python -m model.ops.tuner TOKENS D_OUT D_IN RANK [...]`` measures on a GPU and writes the table; training only reads
+`python -m model.ops.tuner TOKENS D_OUT D_IN RANK [...]` measures on a GPU and writes the table; training only reads
 it. No table, or a shape not in it, means cuBLAS. Public reports put Triton between 70 % and 97 % of cuBLAS on an A100,
 and the fused form pays from about 97 %, so guessing would lose more often than it wins.
 """
@@ -28,7 +28,7 @@ TILES = (
 
 
 def table_path(device_name: str) -> Path:
-    """The table of a GPU model: ``$VLORA_TUNING_DIR`` or the user's cache, one file per device name."""
+    """The table of a GPU model: `$VLORA_TUNING_DIR` or the user's cache, one file per device name."""
     folder = (
         os.environ.get("VLORA_TUNING_DIR") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vlora"
     )
@@ -46,14 +46,14 @@ def key(tokens: int, n: int, d: int, r: int, dtype: torch.dtype) -> str:
 
 
 def tile_for(x: Tensor, n: int, d: int, r: int) -> dict | None:
-    """The tile of the fused GEMM ``x [T, d] W [n, d]`` where it has been measured to pay, else None (use cuBLAS)."""
+    """The tile of the fused GEMM `x [T, d] W [n, d]` where it has been measured to pay, else None (use cuBLAS)."""
     name = torch.cuda.get_device_name(x.device) if x.is_cuda else x.device.type
     row = _table(table_path(name)).get(key(x.shape[0], n, d, r, x.dtype))
     return row["tile"] if row and row["ratio"] >= PAYS else None
 
 
 def measure(tokens: int, n: int, d: int, r: int, dtype: torch.dtype = torch.bfloat16) -> dict:
-    """Time every tile on the current GPU: ``{"tile": the best, "ratio": hybrid form's time / that tile's time}``."""
+    """Time every tile on the current GPU: `{"tile": the best, "ratio": hybrid form's time / that tile's time}`."""
     from triton.testing import do_bench
 
     from model.ops import triton_kernels

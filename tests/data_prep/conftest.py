@@ -2,7 +2,7 @@
 
 import pytest
 
-from data_prep import parts
+from data_prep.parts import builtin as parts
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,11 @@ import zlib
 
 from PIL import Image
 
-from data_prep.images import MAX_BYTES
+from data_prep.store.images import MAX_BYTES
 
 
 def pictures(folder, count):
-    """``count`` different easy-VQA pictures as JPEG files of several sizes."""
+    """`count` different easy-VQA pictures as JPEG files of several sizes."""
     made = []
     for number in range(count):
         image = Image.open(folder / "train" / "images" / f"{number}.png").convert("RGB")
@@ -21,7 +21,7 @@ def pictures(folder, count):
 
 
 def encoded(image, kind, **options):
-    """A PIL image as a file of ``kind``."""
+    """A PIL image as a file of `kind`."""
     stream = io.BytesIO()
     image.save(stream, kind, **options)
     return stream.getvalue()
@@ -32,7 +32,7 @@ def _chunk(kind, data):
 
 
 def png_bomb(side=50_000):
-    """A PNG of a few kilobytes that claims ``side`` x ``side`` pixels."""
+    """A PNG of a few kilobytes that claims `side` x `side` pixels."""
     header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
     rows = zlib.compress(bytes(1000))
     return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", rows) + _chunk(b"IEND", b"")

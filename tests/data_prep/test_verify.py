@@ -4,15 +4,16 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from miniature import bad_images, encoded, pictures, png_bomb, text_bomb
 from PIL import Image
 
 from data_prep import report
-from data_prep.dialogues import exchange
-from data_prep.images import ImageError, describe, open_image, read_image, shrink, to_rgb
 from data_prep.prepare import Options, prepare
-from data_prep.schema import Count, Dropped, Sample, Split
+from data_prep.store.images import ImageError, describe, open_image, read_image, shrink, to_rgb
+from data_prep.store.sample import Count, Dropped, Sample
+from data_prep.store.split import Split
+from data_prep.text.dialogues import exchange
 from data_prep.verify import Verifier, bucket
+from tests.data_prep.miniature import bad_images, encoded, pictures, png_bomb, text_bomb
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from transformers import (
 from model.batch import Batch
 from model.config import ConnectorConfig, GeneratorConfig, ModelConfig, VisionConfig
 from model.connectors import build_connector
-from model.injection import inject
-from model.placement import place
+from model.decoder.injection import inject
+from model.generator.placement import place
 from model.vision import VisionEncoder
 from model.vlm import VisionLanguageModel
 

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import parts, schema
+from data_prep.parts import builtin as parts
+from data_prep.store.split import Split
+from data_prep.store.writer import write_split
 from tests.slurm.cluster import Cluster, available, wait
 from train import config as configuration
-from train import run_dir
-from train.tracking import read_metrics
+from train.measure.tracking import read_metrics
+from train.process import run_dir
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 32
@@ -124,10 +126,10 @@ def site(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Site:
     tiny, vision = cache / "llm/tiny-llama", cache / "vision/dinov2-s14"
     parts.ensure("dinov2-s14", cache=cache)
     if not tiny.is_dir():
-        pytest.skip(f"{tiny} is missing; make it with `python -m data_prep.tiny_llm`")
-    source = schema.Split(cache / "data/easy_vqa/caption_train")
+        pytest.skip(f"{tiny} is missing; make it with `python -m data_prep.parts.tiny_llm`")
+    source = Split(cache / "data/easy_vqa/caption_train")
     data = folder / "data/small"
-    schema.write_split(data, islice((source[i] for i in range(96)), 96))
+    write_split(data, islice((source[i] for i in range(96)), 96))
     profile = folder / "site.sh"
     profile.write_text(
         f"export VLORA_PYTHON={sys.executable} VLORA_CACHE={folder}/cache VLORA_SCRATCH={folder} VLORA_WANDB=disabled\n"

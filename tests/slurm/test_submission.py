@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import schema
+from data_prep.store.split import Split
 from tests.slurm.cluster import Cluster, wait
 from tests.slurm.conftest import ROOT
 
@@ -218,7 +218,7 @@ def test_array_of_data_preparation(cluster: Cluster, tmp_path: Path) -> None:
     command = ("sbatch", "--parsable", *options, str(ROOT / "slurm/data_prep.sbatch"), *source)
     job = cluster.run(*command, cwd=ROOT, VLORA_SITE=str(tmp_path / "site.sh"))
     assert cluster.finish(job, 120) == "COMPLETED", "".join(f.read_text() for f in tmp_path.glob("*.log"))
-    assert len(schema.Split(tmp_path / "data/synthetic/train")) == 40
+    assert len(Split(tmp_path / "data/synthetic/train")) == 40
     logs = [(tmp_path / f"{i}.log").read_text() for i in (3, 4)]
     assert any("made: 40 samples" in log for log in logs), logs
 

@@ -17,7 +17,8 @@ from omegaconf import DictConfig
 from tests.slurm import offline_wandb
 from tests.slurm.cluster import wait
 from tests.slurm.conftest import ROOT, Site, losses
-from train import slurm, sweep_report
+from train import sweep_report
+from train.cluster import slurm
 from train.config import resolve
 
 CPU = "ntasks-per-node:1,cpus-per-task:1,gpus-per-node:0,mem:1G,time:30"

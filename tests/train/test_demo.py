@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.train.world import ROOT
-from train.tracking import read_metrics
+from train.measure.tracking import read_metrics
 
 
 @pytest.fixture(scope="module")

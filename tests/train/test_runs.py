@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data_prep.schema import write_split
+from data_prep.store.writer import write_split
 from tests.train import world
 from train import adapter
-from train.tracking import read_metrics
+from train.measure.tracking import read_metrics
 
 STEPS = 60
 
@@ -155,7 +155,7 @@ def test_another_number_of_ranks_goes_on(home, pretrained, tmp_path):
 
 
 def test_a_half_written_checkpoint_is_not_read(pretrained, tmp_path):
-    from train import checkpoint
+    from train.engine import checkpoint
 
     shutil.copytree(pretrained / "checkpoints", tmp_path / "checkpoints")
     assert checkpoint.find(tmp_path).name == "step-000060"
@@ -255,7 +255,7 @@ def test_no_room_on_disk_is_said_before_anything_is_written(tmp_path, monkeypatc
 
     import torch
 
-    from train import checkpoint
+    from train.engine import checkpoint
 
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     engine = SimpleNamespace(model=torch.nn.Linear(100, 100), device=torch.device("cpu"))

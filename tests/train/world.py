@@ -21,8 +21,9 @@ import torch
 from PIL import Image
 from transformers import AutoModel, Dinov2Config, LlamaConfig, LlamaForCausalLM
 
-from data_prep.schema import Sample, write_split
-from data_prep.tiny_llm import build_tokenizer
+from data_prep.parts.tiny_llm import build_tokenizer
+from data_prep.store.sample import Sample
+from data_prep.store.writer import write_split
 
 ROOT = Path(__file__).resolve().parents[2]
 COLORS = {"red": (220, 20, 20), "blue": (20, 20, 220), "green": (20, 180, 20), "black": (5, 5, 5)}
@@ -141,7 +142,7 @@ class Command:
 @functools.cache
 def _imported() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train.__main__", "train.stage", "train.evaluate"])
+    context.set_forkserver_preload(["train.__main__", "train.engine.stage", "train.evaluate"])
     with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # read when torch is imported
         multiprocessing.forkserver.ensure_running()
     return context

@@ -1,7 +1,7 @@
 """Which samples make up a step, and which micro-batch of which rank each of them goes to.
 
-What a step holds does not depend on the number of ranks; only the last cut, `deal`, does. With ``group_by`` other than
-``none`` the samples of a *window* of steps change places, so that a step holds samples of similar length; what a window
+What a step holds does not depend on the number of ranks; only the last cut, `deal`, does. With `group_by` other than
+`none` the samples of a *window* of steps change places, so that a step holds samples of similar length; what a window
 holds stays the same, and windows end where epochs do, so an epoch still shows what it showed.
 """
 
@@ -23,16 +23,16 @@ class Batching:
     """Cuts an order into steps.
 
     Args:
-        order: the order.
-        batch_size: samples of a step.
-        group_by: ``none``: as the order has them; ``length``: steps of samples of similar length; ``length_modality``:
+        order: The order.
+        batch_size: Samples of a step.
+        group_by: `none`: as the order has them; `length`: steps of samples of similar length; `length_modality`:
             the same, with samples with and without images grouped apart and every step holding its share of both.
-        window: steps whose samples are grouped together.
-        sizes: what to group by.
-        seed: chooses the order of the steps in a window.
+        window: Steps whose samples are grouped together.
+        sizes: What to group by.
+        seed: Chooses the order of the steps in a window.
 
     Raises:
-        ValueError: unknown ``group_by``, or ``window`` below 1.
+        ValueError: unknown `group_by`, or `window` below 1.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Batching:
         """A rank's part of a step, cut into micro-batches.
 
         Grouped samples stand sorted: each micro-step takes the next of them, and its ranks take turns. So the ranks'
-        totals of a micro-step (of length, and under ``length_modality`` of images) differ by less than one sample's,
+        totals of a micro-step (of length, and under `length_modality` of images) differ by less than one sample's,
         and no rank waits for another's long rows or many images.
         """
         micro = len(draws.sample) // (world_size * accumulation)
@@ -77,7 +77,7 @@ class Batching:
         return [draws.take(slice(n * wide + rank, (n + 1) * wide, world_size)) for n in range(accumulation)]
 
     def _window_of(self, step: int) -> tuple[int, int]:
-        """First step of the window that holds ``step``, and the one after its last."""
+        """First step of the window that holds `step`, and the one after its last."""
         epoch = step * self.batch_size // self.order.epoch_size
         while self.steps(epoch) > step:
             epoch -= 1
@@ -116,8 +116,8 @@ def deal_by_tokens(tokens: np.ndarray, images: np.ndarray, world_size: int, budg
     Args:
         tokens: [n], of the samples of a step.
         images: [n], of the same.
-        world_size: ranks.
-        budget: tokens of a micro-batch at most; more only where one sample has more.
+        world_size: Ranks.
+        budget: Tokens of a micro-batch at most; more only where one sample has more.
 
     Returns:
         Per micro-step, fullest first, per rank: which samples, ascending.

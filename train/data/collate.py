@@ -1,4 +1,4 @@
-"""Samples to ``model.batch.Batch``."""
+"""Samples to `model.batch.Batch`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.errors import DataError
-from data_prep.images import ImageError
-from data_prep.schema import Dialogue, Sample
-from data_prep.templates import Encoded, TextEncoder, TooLongError
+from data_prep.store.errors import DataError
+from data_prep.store.images import ImageError
+from data_prep.store.sample import Dialogue, Sample
+from data_prep.text.templates import Encoded, TextEncoder, TooLongError
 from model.batch import IGNORE, Batch
 
 
@@ -22,8 +22,8 @@ class ImageInput(ABC):
     In two steps, so that the numbers are written once, into the batch.
 
     Attributes:
-        shape: of one view, [3, H, W] or [P, V].
-        dtype: of the batch.
+        shape: Of one view, [3, H, W] or [P, V].
+        dtype: Of the batch.
     """
 
     shape: tuple[int, ...]
@@ -39,7 +39,7 @@ class ImageInput(ABC):
 
     @abstractmethod
     def write(self, views: list[np.ndarray], out: Tensor) -> None:
-        """Views that were read into ``out`` [n, *shape]."""
+        """Views that were read into `out` [n, *shape]."""
 
     def __call__(self, data: bytes) -> Tensor:
         """The views of one image file: [n, *shape]."""
@@ -61,9 +61,9 @@ class Text:
     """How dialogues become rows.
 
     Attributes:
-        dialogue: encoder of dialogues.
-        caption: encoder of captions (dialogues with an empty user turn); default the same.
-        on_too_long: ``fail``, or ``drop`` the dialogue, which is then counted.
+        dialogue: Encoder of dialogues.
+        caption: Encoder of captions (dialogues with an empty user turn); default the same.
+        on_too_long: `fail`, or `drop` the dialogue, which is then counted.
     """
 
     dialogue: TextEncoder
@@ -89,7 +89,7 @@ def encode_sample(text: Text, sample: Sample, chosen: list[int], where: str) -> 
     """The chosen dialogues of a sample as rows, and how many were dropped as too long.
 
     Raises:
-        DataError: naming shard and sample: a dialogue is too long under ``on_too_long=fail``, or has no target.
+        DataError: naming shard and sample: a dialogue is too long under `on_too_long=fail`, or has no target.
     """
     piece, dropped = Piece(where, sample.images), 0
     for number in chosen:
@@ -111,11 +111,11 @@ def collate(pieces: list[Piece], image: ImageInput, pad_id: int, left: bool = Fa
     """One micro-batch.
 
     Args:
-        pieces: its samples, in order; possibly none.
-        image: what image files become.
-        pad_id: token id of padding (masked by length, so it may be a real token's).
-        left: pad on the left (generation) instead of the right.
-        multiple: pad the length to a multiple of this.
+        pieces: Its samples, in order; possibly none.
+        image: What image files become.
+        pad_id: Token id of padding (masked by length, so it may be a real token's).
+        left: Pad on the left (generation) instead of the right.
+        multiple: Pad the length to a multiple of this.
 
     Raises:
         DataError: naming shard and sample of an unreadable image.

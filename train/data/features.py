@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.errors import DataError
-from data_prep.images import ImageError
-from data_prep.schema import Split, digest
+from common.files import digest
+from data_prep.store.errors import DataError
+from data_prep.store.images import ImageError
+from data_prep.store.split import Split
 from train.data.collate import ImageInput
 from train.data.pixels import PixelPreprocessor
 
@@ -28,10 +29,10 @@ DTYPES = {"float32": (torch.float32, np.float32), "bfloat16": (torch.bfloat16, n
 class FeatureCache(ImageInput):
     """Cached features by image bytes.
 
-    Files: ``features.npy`` [n, P, V], ``keys.npy`` (the sorted first 8 bytes of the images' sha256), ``meta.json``.
+    Files: `features.npy` [n, P, V], `keys.npy` (the sorted first 8 bytes of the images' sha256), `meta.json`.
 
     Args:
-        folder: of a finished cache.
+        folder: Of a finished cache.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,13 +66,13 @@ class FeatureCache(ImageInput):
         return [self._features[at]]
 
     def write(self, views: list[np.ndarray], out: Tensor) -> None:
-        """Features that were read into ``out`` [n, P, V]."""
+        """Features that were read into `out` [n, P, V]."""
         rows = (out.view(torch.uint16) if self.dtype is torch.bfloat16 else out).numpy()
         for row, view in zip(rows, views, strict=True):
             row[...] = view
 
     def moments(self, keys: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation per feature channel, fp32 [V], over all images or those of ``keys``."""
+        """Mean and standard deviation per feature channel, fp32 [V], over all images or those of `keys`."""
         at = np.arange(len(self)) if keys is None else np.searchsorted(self._keys, keys)
         total, square, count = 0.0, 0.0, 0
         for start in range(0, len(at), 256):
@@ -107,20 +108,20 @@ def ensure_feature_cache(
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
 ) -> FeatureCache:
-    """The cache of all images of ``splits``, made first when there is none that matches.
+    """The cache of all images of `splits`, made first when there is none that matches.
 
     Collective: every rank encodes its part of the images into one shared file; rank 0 makes it final.
 
     Args:
-        folder: parent of the caches; each lies in a folder named by its fingerprint.
-        splits: whose images are needed; not those of shards that cannot be read, where a split need not be whole.
-        pixels: image mode, size and normalisation.
-        encode: pixels [I, 3, H, W] -> features [I, P, V].
-        vision_fingerprint: of the encoder's weights and of which layer and tokens are read.
-        dtype: ``float32`` or ``bfloat16``, of the stored features.
-        batch_size: images per call of ``encode``.
-        run: id of the run; runs that begin together (points of a sweep) each make the cache, the first to end is kept.
-        rank, world_size, barrier: of the process group.
+        folder: Parent of the caches; each lies in a folder named by its fingerprint.
+        splits: Whose images are needed; not those of shards that cannot be read, where a split need not be whole.
+        pixels: Image mode, size and normalisation.
+        encode: Pixels [I, 3, H, W] -> features [I, P, V].
+        vision_fingerprint: Of the encoder's weights and of which layer and tokens are read.
+        dtype: `float32` or `bfloat16`, of the stored features.
+        batch_size: Images per call of `encode`.
+        run: Id of the run; runs that begin together (points of a sweep) each make the cache, the first to end is kept.
+        rank, world_size, barrier: Of the process group.
 
     Raises:
         DataError: an image cannot be read (naming shard and sample), or no room on disk.
@@ -189,7 +190,7 @@ def _allocate(working: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
 def _batches(
     splits: list[Split], keys: np.ndarray, pixels: PixelPreprocessor, batch_size: int
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """(positions in ``keys``, pixels) of the images with these keys, each once."""
+    """(positions in `keys`, pixels) of the images with these keys, each once."""
     left = np.ones(len(keys), dtype=bool)
     positions: list[int] = []
     images: list[Tensor] = []

@@ -15,21 +15,23 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from data_prep.errors import CorruptShardError, DataError
-from data_prep.schema import Sample, Split, digest
-from data_prep.templates import Encoded, TextEncoder
+from common.files import digest
+from data_prep.store.errors import CorruptShardError, DataError
+from data_prep.store.sample import Sample
+from data_prep.store.split import Split
+from data_prep.text.templates import Encoded, TextEncoder
 from model.batch import IGNORE, Batch
 from train.data.batching import Batching, deal_by_tokens
 from train.data.collate import ImageInput, Piece, Text, collate, encode_sample
 from train.data.config import DataConfig
 from train.data.order import Draws, MixtureOrder, Permutation, draw_dialogues
-from train.signals import SIGNALS
+from train.process.signals import SIGNALS
 
 log = logging.getLogger(__name__)
 
 
 def open_split(config: DataConfig, path: str, whole: bool = True) -> Split:
-    """A split named in the configuration; ``whole`` as in `Split`.
+    """A split named in the configuration; `whole` as in `Split`.
 
     Raises:
         DataError: it is not prepared or not whole.
@@ -38,7 +40,7 @@ def open_split(config: DataConfig, path: str, whole: bool = True) -> Split:
 
 
 def open_train_split(config: DataConfig, path: str) -> Split:
-    """A split to train on: whole, unless ``data.on_corrupt_shard`` says that it may lose shards.
+    """A split to train on: whole, unless `data.on_corrupt_shard` says that it may lose shards.
 
     Raises:
         DataError: it is not prepared or not whole.
@@ -195,24 +197,24 @@ def loader_errors() -> Iterator[None]:
 
 
 class TrainLoader:
-    """Endless iterator over optimizer steps: ``next(loader)`` is the list of this rank's micro-batches.
+    """Endless iterator over optimizer steps: `next(loader)` is the list of this rank's micro-batches.
 
     The samples of step s are a function of s alone (`Batching`): not of the number of ranks, which share it, nor of the
     worker processes, which take one step each. So the state is the number of the next step.
 
     Args:
-        config: data configuration.
-        tokenizer: of the LLM.
-        image: pixels or cached features.
-        seed: of the run.
-        rank, world_size: of the process group.
-        accumulation: micro-batches per step and rank; with ``data.tokens_per_micro_batch`` each step has as many as its
+        config: Data configuration.
+        tokenizer: Of the LLM.
+        image: Pixels or cached features.
+        seed: Of the run.
+        rank, world_size: Of the process group.
+        accumulation: Micro-batches per step and rank; with `data.tokens_per_micro_batch` each step has as many as its
             tokens need, the same number on all ranks.
-        image_tokens: visual tokens that an image of a sample adds to each of its rows, at most; they count there.
+        image_tokens: Visual tokens that an image of a sample adds to each of its rows, at most; they count there.
 
     Attributes:
-        dropped: dialogues left out as too long since this process started.
-        corrupt: shards left out as unreadable that this process met.
+        dropped: Dialogues left out as too long since this process started.
+        corrupt: Shards left out as unreadable that this process met.
 
     Raises:
         DataError: no sources, an unknown option, a split that is not prepared, or sizes that do not divide.
@@ -297,7 +299,7 @@ class TrainLoader:
         return {"step": self._next, "epoch": epoch, "position": position}
 
     def load(self, state: dict[str, int]) -> None:
-        """Go on from ``state()`` of a loader with the same fingerprint and seed, on any number of ranks."""
+        """Go on from `state()` of a loader with the same fingerprint and seed, on any number of ranks."""
         self._next = state["step"]
         self._iterator = None
 
@@ -362,7 +364,7 @@ class EvalItem:
 
 @dataclass(frozen=True)
 class EvalBatch:
-    """A batch and, row by row, what it asks; a filler batch (see ``EvalLoader``) has no items."""
+    """A batch and, row by row, what it asks; a filler batch (see `EvalLoader`) has no items."""
 
     batch: Batch
     items: list[EvalItem]
@@ -372,22 +374,22 @@ class EvalLoader:
     """One pass over a split, in its order: every dialogue exactly once over all ranks.
 
     All ranks make the same number of steps (ZeRO-3 needs it); a rank that has run out of dialogues gets *filler*
-    batches without items or targets. No question is left out: ``data.on_corrupt_shard`` is for training.
+    batches without items or targets. No question is left out: `data.on_corrupt_shard` is for training.
 
     Args:
-        split: what to evaluate on.
-        text: text encoders.
-        image: pixels or cached features.
-        prompts: rows end before the last answer and are padded on the left, for generation; else they are training
+        split: What to evaluate on.
+        text: Text encoders.
+        image: Pixels or cached features.
+        prompts: Rows end before the last answer and are padded on the left, for generation; else they are training
             rows, for a loss.
-        rows: at most this many rows per batch, more only if one sample has more.
-        limit: a fixed random choice of this many dialogues instead of all.
-        images: ``own``; ``shuffled``: every sample gets the images of another one; ``none``.
-        seed: of the choice and of the shuffle.
-        rank, world_size: of the process group.
+        rows: At most this many rows per batch, more only if one sample has more.
+        limit: A fixed random choice of this many dialogues instead of all.
+        images: `own`; `shuffled`: every sample gets the images of another one; `none`.
+        seed: Of the choice and of the shuffle.
+        rank, world_size: Of the process group.
 
     Raises:
-        DataError: ``images`` is none of these, there is nothing to shuffle, or a shard that is needed is corrupt.
+        DataError: `images` is none of these, there is nothing to shuffle, or a shard that is needed is corrupt.
     """
 
     def __init__(

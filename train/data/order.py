@@ -16,7 +16,7 @@ _ROUNDS = 6
 
 
 def mix(*values: int | np.ndarray) -> np.ndarray:
-    """A 64-bit hash of integers: the splitmix64 finaliser chained over ``values``, element by element.
+    """A 64-bit hash of integers: the splitmix64 finaliser chained over `values`, element by element.
 
     Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (OOPSLA 2014).
     """
@@ -31,14 +31,14 @@ def mix(*values: int | np.ndarray) -> np.ndarray:
 
 
 class Permutation:
-    """A pseudo-random permutation of ``range(size)``, evaluated per index.
+    """A pseudo-random permutation of `range(size)`, evaluated per index.
 
     A Feistel network over the next even power of two, walked until the value falls inside the range (Black and
     Rogaway, "Ciphers with arbitrary finite domains", 2002).
 
     Args:
-        size: of the range.
-        key: integers that choose the permutation.
+        size: Of the range.
+        key: Integers that choose the permutation.
     """
 
     def __init__(self, size: int, *key: int) -> None:
@@ -48,7 +48,7 @@ class Permutation:
         self._keys = [mix(*key, number) for number in range(_ROUNDS)]
 
     def __call__(self, index: int | np.ndarray) -> np.ndarray:
-        """Image of ``index``: int64, of its shape."""
+        """Image of `index`: int64, of its shape."""
         values = np.array(index, dtype=np.uint64, ndmin=1)
         pending = np.ones(values.shape, dtype=bool)
         while pending.any():
@@ -82,15 +82,15 @@ class Draws:
 class MixtureOrder:
     """Endless order over weighted sources.
 
-    One epoch of the mixture holds ``round(weight * size)`` samples of each source, interleaved at random: any stretch
+    One epoch of the mixture holds `round(weight * size)` samples of each source, interleaved at random: any stretch
     of it holds the sources in these proportions, but for the luck of the draw, and none runs out early. Each source
     is gone through pass by pass, every pass in another order, whatever its weight: with weight 0.5 two epochs show
     every sample once, with weight 2 one epoch shows every sample twice.
 
     Args:
-        sizes: samples of each source.
-        weights: passes over each source per epoch.
-        seed: chooses the order.
+        sizes: Samples of each source.
+        weights: Passes over each source per epoch.
+        seed: Chooses the order.
 
     Raises:
         ValueError: no source, an empty one, or a weight so small that nothing would be drawn.
@@ -107,7 +107,7 @@ class MixtureOrder:
         self._ends = np.cumsum(self.shares)
 
     def __call__(self, start: int, count: int) -> Draws:
-        """Samples at positions ``start`` to ``start + count``."""
+        """Samples at positions `start` to `start + count`."""
         position = np.arange(start, start + count, dtype=np.int64)
         epoch, offset = np.divmod(position, self.epoch_size)
         for value in np.unique(epoch):
@@ -127,7 +127,7 @@ class MixtureOrder:
 def draw_dialogues(available: int, wanted: int | None, seed: int, source: int, sample: int, epoch: int) -> list[int]:
     """Which dialogues of a sample are used in one pass over its source, in ascending order.
 
-    Every ``ceil(available / wanted)`` passes use all of them: a pass takes the next ``wanted`` of one fixed permutation
+    Every `ceil(available / wanted)` passes use all of them: a pass takes the next `wanted` of one fixed permutation
     of the sample's dialogues, going round.
     """
     if wanted is None or wanted >= available:

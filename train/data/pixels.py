@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_prep.errors import DataError
-from data_prep.images import open_image, to_rgb
-from data_prep.schema import digest
+from common.files import digest
+from data_prep.store.errors import DataError
+from data_prep.store.images import open_image, to_rgb
 from model.config import VisionConfig
 from train.data.collate import ImageInput
 
@@ -27,16 +27,16 @@ class PixelPreprocessor(ImageInput):
     """One image file -> its views, float32 [n, 3, size, size].
 
     Attributes:
-        mode: ``resize`` distorts to the square; ``crop`` scales the shortest edge and cuts the centre out; ``pad`` adds
-            margins of the encoder's mean colour to make a square, then scales (LLaVA-1.5); ``tiles`` gives the image
+        mode: `resize` distorts to the square; `crop` scales the shortest edge and cuts the centre out; `pad` adds
+            margins of the encoder's mean colour to make a square, then scales (LLaVA-1.5); `tiles` gives the image
             distorted to the square and, after it, row by row, the tiles of the grid that suits it best (LLaVA-NeXT).
-            n is 1 but for ``tiles``.
-        size: side of a view in pixels.
-        shortest_edge: side that ``crop`` scales to before it cuts; some encoders cut 224 out of 256.
-        mean, std: per channel, of pixels in [0, 1].
+            n is 1 but for `tiles`.
+        size: Side of a view in pixels.
+        shortest_edge: Side that `crop` scales to before it cuts; some encoders cut 224 out of 256.
+        mean, std: Per channel, of pixels in [0, 1].
         resample: Pillow's filter number.
-        rescale: factor from bytes to the range of ``mean``.
-        max_tiles: largest rows * columns of a grid.
+        rescale: Factor from bytes to the range of `mean`.
+        max_tiles: Largest rows * columns of a grid.
     """
 
     mode: str
@@ -73,7 +73,7 @@ class PixelPreprocessor(ImageInput):
         return [np.asarray(view) for view in self.views(to_rgb(open_image(data)))]
 
     def write(self, views: list[np.ndarray], out: Tensor) -> None:
-        """Views that were read into ``out`` [n, 3, size, size], normalised."""
+        """Views that were read into `out` [n, 3, size, size], normalised."""
         # (x * rescale - mean) / std as one multiplication and one addition, from bytes straight to where they stay.
         scale = np.float32(self.rescale) / np.asarray(self.std, dtype=np.float32)
         shift = -np.asarray(self.mean, dtype=np.float32) / np.asarray(self.std, dtype=np.float32)
@@ -146,7 +146,7 @@ class PixelPreprocessor(ImageInput):
 
 
 def fit(size: tuple[int, int], into: tuple[int, int]) -> tuple[int, int]:
-    """Largest (width, height) of the shape of ``size`` inside ``into``; the shorter side is rounded up."""
+    """Largest (width, height) of the shape of `size` inside `into`; the shorter side is rounded up."""
     (width, height), (most_wide, most_high) = size, into
     if most_wide / width < most_high / height:
         return most_wide, min(math.ceil(height * (most_wide / width)), most_high)
@@ -154,7 +154,7 @@ def fit(size: tuple[int, int], into: tuple[int, int]) -> tuple[int, int]:
 
 
 def grids(max_tiles: int) -> list[tuple[int, int]]:
-    """All (columns, rows) of 2 to ``max_tiles`` tiles, those of fewer first."""
+    """All (columns, rows) of 2 to `max_tiles` tiles, those of fewer first."""
     found = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles // c + 1) if c * r > 1]
     return sorted(found, key=lambda grid: grid[0] * grid[1])
 
@@ -162,7 +162,7 @@ def grids(max_tiles: int) -> list[tuple[int, int]]:
 def best_grid(size: tuple[int, int], tile: int, max_tiles: int) -> tuple[int, int]:
     """(columns, rows) that keep most of an image's pixels and, among these, leave least of the grid empty.
 
-    Source: LLaVA-NeXT's choice of resolution (``select_best_resolution``).
+    Source: LLaVA-NeXT's choice of resolution (`select_best_resolution`).
     """
 
     def merit(grid: tuple[int, int]) -> tuple[int, int]:
@@ -180,11 +180,11 @@ def most_views(vision: VisionConfig) -> int:
 
 
 def load_preprocessor(vision: VisionConfig) -> PixelPreprocessor:
-    """Settings from an encoder's ``preprocessor_config.json``.
+    """Settings from an encoder's `preprocessor_config.json`.
 
     Args:
-        vision: whose ``path``, ``image_mode``, ``image_size`` (null: the encoder's own; ``crop`` keeps the encoder's
-            ratio of shortest edge to crop) and ``max_tiles`` are read.
+        vision: Whose `path`, `image_mode`, `image_size` (null: the encoder's own; `crop` keeps the encoder's
+            ratio of shortest edge to crop) and `max_tiles` are read.
 
     Raises:
         DataError: no such file, an unknown mode, or fewer than two tiles.

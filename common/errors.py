@@ -1,0 +1,51 @@
+"""Errors whose message is meant for the user: printed as one line, without a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from errno import EACCES, EDQUOT, EEXIST, EISDIR, ENAMETOOLONG, ENOENT, ENOSPC, ENOTDIR, EPERM, EROFS
+
+# Operating system errors that come again until someone does something about them. None: raised without a number.
+_LASTING = {None, ENOENT, EEXIST, EACCES, EPERM, ENOTDIR, EISDIR, EROFS, ENOSPC, EDQUOT, ENAMETOOLONG}
+
+
+class UserError(Exception):
+    """Something the user can put right: a configuration, a file, the environment."""
+
+
+def run_cli(main: Callable[[], int | None]) -> None:
+    """Run a command's `main` and exit with its code; see `report_errors`."""
+    sys.exit(report_errors(main))
+
+
+def report_errors(main: Callable[[], int | None]) -> int:
+    """Run `main`; an error that speaks to the user becomes one line on stderr and exit code 2.
+
+    A `ValueError` or `OSError` raised by the model or the data also speaks to the user, but an `OSError` that a new
+    start may cure (a lost connection, a stale file handle, an I/O error) exits with 1. Set `VLORA_TRACEBACK=1` for the
+    traceback. Anything else is a bug and shows its traceback.
+    """
+    try:
+        return main() or 0
+    except (UserError, ValueError, OSError) as error:
+        if os.environ.get("VLORA_TRACEBACK"):
+            raise
+        _report(" ".join(str(error).split()) or type(error).__name__)
+        return 1 if isinstance(error, OSError) and error.errno not in _LASTING else 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _report(text: str) -> None:
+    """Tell the user once: through the launcher, if one started this process as one of several, else directly."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # torchrun shows "message", `train.process.launch` "user_error".
+        record = {"user_error": text, "message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with open(file, "w") as stream:
+            json.dump(record, stream)
+    else:
+        print(f"error: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""Built-in third-party models and data, converted once."""

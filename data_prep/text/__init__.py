@@ -1,0 +1,1 @@
+"""Dialogues to text and tokens."""

@@ -1,0 +1,162 @@
+"""Cross-entropy of the language model's head that never holds the logits of all targets.
+
+Logits exist for one chunk of targets at a time: the chunk's loss is added up and its gradient taken at once, in the
+forward pass, so that neither logits nor probabilities are kept and nothing is computed twice. What stays until the
+backward pass is the gradient of the hidden states [T, d] and, where the head is trained, of its weight [V, d]
+(Liger's fused linear cross-entropy, arXiv 2410.10989, section 3.2, does the same on a GPU; see `model.decoder.norms`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CHUNK_LOGITS = 2**26
+"""Logits of a chunk, elements: 256 MiB in fp32, about 2,100 targets of a vocabulary of 32,000. The GEMMs have long
+reached their speed there."""
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        softcap: float | None,
+        chunk: int,
+        with_gradients: bool,
+    ) -> Tensor:
+        precise = torch.promote_types(hidden.dtype, torch.float32)
+        need_hidden, need_weight, need_bias = (with_gradients and need for need in ctx.needs_input_grad[:3])
+        d_hidden = torch.empty_like(hidden) if need_hidden else None
+        several = len(targets) > chunk
+        # Sums over chunks are kept in fp32: bf16 would round every partial sum.
+        d_weight = torch.zeros_like(weight, dtype=precise if several else weight.dtype) if need_weight else None
+        d_bias = torch.zeros_like(bias, dtype=precise) if need_bias else None
+        loss = hidden.new_zeros((), dtype=precise)
+        for start in range(0, len(targets), chunk):
+            rows = slice(start, start + chunk)
+            part_loss, gradient = _chunk(
+                hidden[rows],
+                weight,
+                bias,
+                targets[rows, None],
+                softcap,
+                precise,
+                need_hidden or need_weight or need_bias,
+            )
+            loss += part_loss
+            if need_bias:
+                d_bias += gradient.sum(0)
+            if gradient is not None:
+                gradient = gradient.to(weight.dtype)
+            if need_hidden:
+                torch.mm(gradient, weight, out=d_hidden[rows])
+            if need_weight and d_weight.dtype == gradient.dtype:
+                d_weight.addmm_(gradient.t(), hidden[rows])
+            elif need_weight:
+                d_weight += gradient.t() @ hidden[rows]
+            del gradient  # before the next chunk's logits
+        ctx.save_for_backward(*(g for g in (d_hidden, d_weight, d_bias) if g is not None))
+        ctx.needed = (need_hidden, need_weight, need_bias)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        gradients = (
+            (next(saved) * d_loss).to(dtype) if needed else None
+            for needed, dtype in zip(ctx.needed, ctx.dtypes, strict=True)
+        )
+        return (*gradients, None, None, None, None)
+
+
+def _chunk(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    softcap: float | None,
+    dtype: torch.dtype,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Summed loss of one chunk and its gradient by the logits [t, V], in `dtype`; targets [t, 1]."""
+    logits = nn.functional.linear(hidden, weight, bias).to(dtype)
+    slope = None
+    if softcap is not None:
+        logits.div_(softcap).tanh_()
+        slope = 1 - logits.square() if with_gradient else None
+        logits.mul_(softcap)
+    log_p = torch.log_softmax(logits, 1)
+    loss = -log_p.gather(1, targets).sum()
+    if not with_gradient:
+        return loss, None
+    gradient = torch.exp(log_p, out=logits)  # softmax - one-hot, in the logits' place
+    gradient.scatter_add_(1, targets, gradient.new_full(targets.shape, -1.0))
+    return loss, gradient if slope is None else gradient.mul_(slope)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    chunk_logits: int | None = None,
+) -> Tensor:
+    """Cross-entropy of `softcap * tanh(hidden W^T / softcap)`, summed over targets, nats.
+
+    Args:
+        hidden: [T, d], any floating dtype; T may be 0.
+        weight: [V, d], with `bias` [V].
+        targets: int64 [T]; all of them count.
+        softcap: Largest absolute logit (Gemma 2); None: no cap.
+        chunk_logits: Logits held at a time, elements (never less than one target's); None: `CHUNK_LOGITS`.
+
+    Returns:
+        Scalar in fp32 (fp64 for fp64 input); differentiable once.
+    """
+    chunk = max(1, (CHUNK_LOGITS if chunk_logits is None else chunk_logits) // weight.shape[0])
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, softcap, chunk, torch.is_grad_enabled())
+
+
+class _LossHead(nn.Module):
+    """Mixin in front of the head's class: with targets its forward returns their loss in place of logits.
+
+    `_fused_loss`, set by `model.decoder.norms`, takes the place of `linear_cross_entropy`.
+
+    One call of one module whatever the number of chunks, so that under ZeRO-3 every rank gathers the weight once.
+    """
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        if targets is None:
+            return super().forward(hidden)
+        if self._fused_loss is not None and len(targets):
+            return self._fused_loss(hidden, self.weight, targets, self.bias, softcap=self._softcap)
+        return linear_cross_entropy(hidden, self.weight, targets, self.bias, self._softcap)
+
+
+class _LinearLossHead(_LossHead, nn.Linear):
+    pass
+
+
+def attach_loss(llm: nn.Module) -> None:
+    """Make `llm`'s head accept `targets`; names, parameters and what it does without targets stay.
+
+    Raises:
+        ValueError: a head that is not a plain linear layer.
+    """
+    head = llm.get_output_embeddings()
+    if isinstance(head, _LinearLossHead):
+        return
+    if type(head) is not nn.Linear:
+        raise ValueError(f"the language model's head is a {type(head).__name__}; a plain nn.Linear is needed")
+    head._softcap = getattr(llm.config.get_text_config(), "final_logit_softcapping", None)
+    head._fused_loss = None
+    head.__class__ = _LinearLossHead

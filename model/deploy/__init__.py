@@ -1,0 +1,1 @@
+"""What is done with an image's weights after training: merging, adapters."""

@@ -1,0 +1,105 @@
+"""Hugging Face data sets on disk: saved ones and files; images as features, bytes and paths; captions and turns."""
+
+import datasets
+import pytest
+
+from data_prep.prepare import Options, prepare
+from data_prep.sources.hf import HuggingFace
+from data_prep.store.errors import DataError
+from data_prep.store.split import Split
+from tests.data_prep.miniature import bad_images, pictures
+
+
+@pytest.fixture(scope="module")
+def photos(part):
+    return pictures(part("easy_vqa"), 30)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def texts(split):
+    return [[turn["content"] for turn in sample.conversations[0]] for sample in split]
+
+
+def test_saved_to_disk_with_image_feature(photos, tmp_path):
+    features = datasets.Features(
+        {"picture": datasets.Image(), "alt": datasets.Value("string"), "n": datasets.Value("int32")}
+    )
+    rows = {
+        "picture": [{"bytes": p, "path": None} for p in photos],
+        "alt": [f"no. {n}" for n in range(30)],
+        "n": list(range(30)),
+    }
+    dataset = datasets.Dataset.from_dict(rows, features)
+    datasets.DatasetDict({"validation": dataset}).save_to_disk(tmp_path / "in")
+    source = HuggingFace(tmp_path / "in", "validation", "picture", "alt", samples_per_shard=8)
+    manifest = prepare(source, tmp_path / "out").manifests["validation"]
+    split = Split(tmp_path / "out" / "validation")
+    assert len(manifest.shards) == 4 and [sample.images for sample in split] == [[photo] for photo in photos]
+    assert texts(split) == [["", f"no. {n}"] for n in range(30)]
+
+
+def test_parquet_with_several_images_and_turns(photos, tmp_path):
+    lists = datasets.List(datasets.Image())
+    talk = datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
+    turned = [
+        {"role": role, "content": text} for role, text in (("user", "<image><image>\nSame?"), ("assistant", "no"))
+    ]
+    rows = {
+        "images": [[{"bytes": p, "path": None} for p in photos[:2]], [], [{"bytes": photos[0], "path": None}]],
+        "talk": [turned, [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}], turned],
+    }
+    dataset = datasets.Dataset.from_dict(rows, datasets.Features({"images": lists, "talk": talk}))
+    (tmp_path / "in").mkdir()
+    dataset.to_parquet(tmp_path / "in" / "train-00000-of-00001.parquet")
+    source = HuggingFace(tmp_path / "in", image="images", text="talk")
+    manifest = prepare(source, tmp_path / "out", Options("drop", 0.5)).manifests["train"]
+    assert manifest.dropped == {"image tokens differ from images": 1} and manifest.text_only == 1
+    split = Split(tmp_path / "out" / "train")
+    assert split[0].images == photos[:2] and texts(split) == [["Same?", "no"], ["1+1?", "2"]]
+
+
+def test_json_lines_with_paths_questions_and_defects(photos, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    bad = bad_images(photos[0])
+    for name, data in {"a b.jpg": photos[1], **{f"{reason}.jpg": data for reason, data in bad.items()}}.items():
+        (folder / name).write_bytes(data)
+    (tmp_path / "secret.jpg").write_bytes(photos[2])
+    names = ["a b.jpg", "../secret.jpg", "gone.jpg", str(tmp_path / "secret.jpg"), *(f"{reason}.jpg" for reason in bad)]
+    rows = {"image": names, "q": ["what?"] * len(names), "a": ["that"] * len(names)}
+    datasets.Dataset.from_dict(rows).to_json(folder / "train.jsonl")
+    source = HuggingFace(folder, image="image", text="a", question="q")
+    manifest = prepare(source, tmp_path / "out", Options("drop", 1.0)).manifests["train"]
+    assert manifest.dropped == {**dict.fromkeys(bad, 1), "image path leaves its folder": 2, "image missing": 1}
+    assert texts(Split(tmp_path / "out" / "train")) == [["what?", "that"]]
+    assert Split(tmp_path / "out" / "train")[0].images == [photos[1]]
+
+
+def test_folder_of_images_with_metadata(photos, tmp_path):
+    (tmp_path / "in").mkdir()
+    lines = ["file_name,text"]
+    for number, photo in enumerate(photos[:5]):
+        (tmp_path / "in" / f"{number}.jpg").write_bytes(photo)
+        lines.append(f"{number}.jpg,number {number}")
+    (tmp_path / "in" / "metadata.csv").write_text("\n".join(lines) + "\n")
+    prepare(HuggingFace(tmp_path / "in"), tmp_path / "out")
+    split = Split(tmp_path / "out" / "train")
+    assert [s.images for s in split] == [[p] for p in photos[:5]] and texts(split)[3] == ["", "number 3"]
+
+
+def test_errors(photos, tmp_path):
+    with pytest.raises(DataError, match="no such folder; nothing is downloaded"):
+        prepare(HuggingFace(tmp_path / "none"), tmp_path / "out")
+    (tmp_path / "in").mkdir()
+    with pytest.raises(DataError, match="cannot load split train"):
+        prepare(HuggingFace(tmp_path / "in"), tmp_path / "out")
+    datasets.Dataset.from_dict({"image": [b"x"], "caption": ["a"]}).to_parquet(tmp_path / "in" / "train.parquet")
+    with pytest.raises(DataError, match="no column text; columns are image, caption"):
+        prepare(HuggingFace(tmp_path / "in"), tmp_path / "out")
+    (tmp_path / "in" / "x.tar").touch()
+    with pytest.raises(DataError, match="use source=webdataset"):
+        prepare(HuggingFace(tmp_path / "in"), tmp_path / "out")

@@ -1,0 +1,138 @@
+"""Tars of images and text: what is read, what is refused, and damage that the tar library takes for the end."""
+
+import io
+import json
+import tarfile
+
+import pytest
+
+from data_prep.prepare import Options, prepare
+from data_prep.sources import tars
+from data_prep.sources.webdataset import WebDataset
+from data_prep.store.errors import DataError
+from data_prep.store.split import Split
+from tests.data_prep.miniature import bad_images, pictures, turns
+
+
+@pytest.fixture(scope="module")
+def photos(part):
+    return pictures(part("easy_vqa"), 40)
+
+
+def write_tar(file, members):
+    """Members are (name or TarInfo, bytes)."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w") as archive:
+        for member, data in members:
+            info = member if isinstance(member, tarfile.TarInfo) else tarfile.TarInfo(member)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+def special(name, kind, target=""):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def test_pairs_come_back(photos, tmp_path):
+    for shard in range(2):
+        rows = enumerate(photos[shard * 20 : (shard + 1) * 20])
+        members = [
+            (f"d/{n:05d}.{x}", y)
+            for n, p in rows
+            for x, y in (("JPG", p), ("txt", b"a shape " + str(n).encode()), ("cls", b"1"))
+        ]
+        write_tar(tmp_path / "tars" / f"{shard:05d}.tar", [(special("d", tarfile.DIRTYPE), b""), *members])
+    manifest = prepare(WebDataset(tmp_path / "tars"), tmp_path / "out").manifests["train"]
+    split = Split(tmp_path / "out" / "train")
+    assert not manifest.dropped and manifest.statistics["archive members not used"] == {"cls": 40}
+    assert [sample.images for sample in split] == [[photo] for photo in photos]
+    assert split[23].id == "00001/d/00003" and [t["content"] for t in split[23].conversations[0]] == ["", "a shape 3"]
+
+
+def test_turns_in_json(photos, tmp_path):
+    records = [
+        {"talk": turns("<image>\nWhat?", "a")},
+        {"talk": "a caption"},
+        {"talk": turns("<image><image>", "a")},
+        {},
+    ]
+    members = []
+    for n, record in enumerate(records):
+        members += [(f"{n}.png", photos[n]), (f"{n}.json", json.dumps(record).encode())]
+    write_tar(tmp_path / "x.tar", [*members, ("4.png", photos[4]), ("4.json", b"{"), ("5.png", photos[5])])
+    source = WebDataset(tmp_path, text="json:talk")
+    manifest = prepare(source, tmp_path / "out", Options("drop", 1.0)).manifests["train"]
+    found = {example["id"]: example["reason"] for example in manifest.dropped_examples}
+    assert found == {
+        "x/2": "image tokens differ from images", "x/3": "text missing", "x/4": "json malformed", "x/5": "text missing",
+    }  # fmt: skip
+    assert [s.conversations[0][0]["content"] for s in Split(tmp_path / "out" / "train")] == ["What?", ""]
+
+
+def test_hostile_and_damaged_members_are_refused_and_named(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(tars, "MAX_BYTES", 100_000)
+    photo, text = photos[0], b"a"
+    planted = {
+        "archive member leaves its folder": [("../../outside.jpg", photo), ("../../outside.txt", text)],
+        "archive member is no plain file": [(special("l.jpg", tarfile.SYMTYPE, "/etc/passwd"), b""), ("l.txt", text)],
+        "archive member is a pickle": [("p.jpg", photo), ("p.txt", text), ("p.pyd", b"cos\nsystem\n")],
+        "archive member too large": [("big.jpg", photo), ("big.txt", b"x" * 100_001)],
+        "archive member twice": [("twice.jpg", photo), ("twice.jpg", photo), ("twice.txt", text)],
+        "image missing": [("alone.txt", text)],
+        "text missing": [("silent.jpg", photo)],
+        "several images": [("two.jpg", photo), ("two.png", photo), ("two.txt", text)],
+        "text is not UTF-8": [("latin.jpg", photo), ("latin.txt", "é".encode("latin-1"))],
+        "answer empty": [("empty.jpg", photo), ("empty.txt", b" ")],
+    }
+    planted |= {
+        reason: [(f"i{n}.jpg", data), (f"i{n}.txt", text)]
+        for n, (reason, data) in enumerate(bad_images(photo).items())
+        if reason != "image file too large"
+    }
+    planted["archive member leaves its folder "] = [("/absolute.jpg", photo), ("/absolute.txt", text)]
+    planted["archive member is no plain file "] = [(special("h.jpg", tarfile.LNKTYPE, "0.jpg"), b""), ("h.txt", text)]
+    planted["archive member is no plain file  "] = [(special("f.jpg", tarfile.FIFOTYPE), b""), ("f.txt", text)]
+    members = []
+    for number, bad in enumerate(planted.values()):
+        members += [(f"{number}.jpg", photos[number]), (f"{number}.txt", text), *bad]
+    write_tar(tmp_path / "in" / "x.tar", members)
+    manifest = prepare(WebDataset(tmp_path / "in"), tmp_path / "out", Options("drop", 1.0)).manifests["train"]
+    expected = {reason.strip(): sum(other.strip() == reason.strip() for other in planted) for reason in planted}
+    assert manifest.dropped == dict(sorted(expected.items()))
+    assert [s.id for s in Split(tmp_path / "out" / "train")] == [f"x/{number}" for number in range(len(planted))]
+    written = {file.name for file in tmp_path.rglob("*")}
+    assert not written & {"outside.jpg", "absolute.jpg", "p.pyd"}
+
+
+@pytest.mark.parametrize(
+    "damage", ["cut at a member", "cut in a member", "cut in a header", "header overwritten", "empty"]
+)
+def test_damaged_archives_are_noticed(photos, tmp_path, damage):
+    """What came before the damage is kept; the rest is one named defect, never a quiet end."""
+    file = tmp_path / "in" / "x.tar"
+    write_tar(file, [(f"{n}.{x}", y) for n in range(20) for x, y in (("jpg", photos[n]), ("txt", b"a"))])
+    with tarfile.open(file) as archive:
+        headers = {member.name: member.offset for member in archive}
+    data = bytearray(file.read_bytes())
+    at = headers["10.jpg"]
+    if damage == "header overwritten":
+        data[at : at + 512] = b"\xff" * 512
+    else:
+        data = data[
+            : {"cut at a member": at, "cut in a member": at + 700, "cut in a header": at + 100, "empty": 0}[damage]
+        ]
+    file.write_bytes(data)
+    manifest = prepare(
+        WebDataset(tmp_path / "in"), tmp_path / "out", Options("drop", 0.5 if damage != "empty" else 1)
+    ).manifests["train"]
+    assert manifest.dropped == {"archive damaged": 1} and manifest.dropped_examples[0]["id"] == "x/x.tar"
+    # The sample before the damage may have lost members behind it, so it goes too.
+    assert manifest.samples in ((9, 10) if damage != "empty" else (0,))
+
+
+def test_no_tars(tmp_path):
+    (tmp_path / "x.tar.gz").touch()
+    with pytest.raises(DataError, match="holds no .tar file"):
+        prepare(WebDataset(tmp_path), tmp_path / "out")

@@ -1,0 +1,61 @@
+import pytest
+
+from model.config import GeneratorConfig, parse_types
+from model.generator.placement import place, placed_layers
+from tests.model.parts import decoder
+
+
+def test_released_placement_of_a_32_layer_llm():
+    assert placed_layers(GeneratorConfig(), 32) == (3, 7, 11, 15, 19, 23, 27, 31)
+
+
+def test_depth_not_divisible_is_an_error_that_offers_the_explicit_form():
+    with pytest.raises(ValueError, match=r"not divide the 30 layers.*layers=\[3, 7, 11, 15, 19, 23, 27\]"):
+        placed_layers(GeneratorConfig(), 30)
+
+
+@pytest.mark.parametrize("layers", [[], [3, 1], [1, 1], [0, 4], [-1]])
+def test_explicit_layers_must_be_ascending_and_in_range(layers):
+    with pytest.raises(ValueError, match="ascending, distinct indices from 0 to 3"):
+        placed_layers(GeneratorConfig(every=None, layers=layers), 4)
+
+
+def test_every_and_layers_together_are_refused():
+    with pytest.raises(ValueError, match="both given"):
+        placed_layers(GeneratorConfig(every=2, layers=[1]), 4)
+
+
+def test_widths_come_from_the_llm_itself():
+    placement = place(decoder("llama-gqa"), GeneratorConfig(types="q,k,v,o,gate,up,down,m", every=4, rank=4))
+    widths = {site.type: (site.d_in, site.d_out) for site in placement.sites}
+    assert widths == {
+        "q": (32, 32),
+        "k": (32, 16),
+        "v": (32, 16),
+        "o": (32, 32),
+        "gate": (32, 48),
+        "up": (32, 48),
+        "down": (48, 32),
+        "m": (32, 32),
+    }
+
+
+def test_rank_above_a_projections_width_is_refused():
+    with pytest.raises(ValueError, match=r"generator\.rank=17 is above the width of k in layer 1"):
+        place(decoder("llama-gqa"), GeneratorConfig(rank=17, every=2))
+
+
+def test_a_type_the_decoder_lacks_is_refused_with_what_it_has():
+    with pytest.raises(ValueError, match=r"PhiForCausalLM has no separate projection for 'gate'.*mlp\.fc1"):
+        place(decoder("phi"), GeneratorConfig(types="gate", every=2, rank=4))
+
+
+@pytest.mark.parametrize("types", ["qkvom", "q,k,v,o,m", ["q", "k", "v", "o", "m"]])
+def test_types_may_be_written_three_ways(types):
+    assert parse_types(types) == ("q", "k", "v", "o", "m")
+
+
+@pytest.mark.parametrize("types", ["qx", "qq", "", []])
+def test_bad_types_are_refused(types):
+    with pytest.raises(ValueError, match=r"generator\.types"):
+        parse_types(types)

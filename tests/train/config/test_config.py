@@ -1,0 +1,111 @@
+"""Every YAML of conf/ composes and validates; errors name key, nearest key and remedy."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from common.errors import UserError
+from model.decoder.norms import require_nvidia_apex
+from train import config as configuration
+from train.config import ConfigError, RunConfig, accumulation, explain, resolve
+
+CONF = str(Path(__file__).resolve().parents[3] / "conf")
+
+
+def composed(*overrides: str) -> RunConfig:
+    with initialize_config_dir(CONF, version_base="1.3"):
+        try:
+            tree = compose("config", list(overrides))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise explain(error) from error
+    return resolve(tree)
+
+
+@pytest.mark.parametrize("llm", ["smollm2_135m", "tiny", "vicuna_7b"])
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("connector", ["vlora", "mlp", "qformer"])
+def test_every_choice_composes(llm, stage, connector):
+    init = ["init_from=somewhere"] if stage == "finetune" else []
+    layers = ["generator.every=4", "generator.layers=null"] if llm == "vicuna_7b" else []
+    config = composed(f"llm={llm}", f"stage={stage}", f"connector={connector}", *init, *layers)
+    assert config.stage.name == stage and config.connector.name == connector
+    assert config.stage.train.llm == (stage == "finetune")
+
+
+def test_a_saved_configuration_loads_as_it_was(tmp_path):
+    config = composed()
+    configuration.save(config, tmp_path / "config.yaml")
+    assert configuration.load(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("generator.rnak=4", r"unknown configuration key `generator\.rnak`; did you mean `generator\.rank`\?"),
+        ("+generator.rnak=4", r"unknown configuration key `generator\.rnak`; did you mean `generator\.rank`\?"),
+        ("+sede=1", r"unknown configuration key `sede`; did you mean `seed`\?"),
+        ("generator.rank=many", r"`generator\.rank`.*many"),
+        ("engine.precision=fp16", r"engine\.precision=fp16: choose one of fp32, bf16"),
+        ("connector=magic", r"magic"),
+        ("connector.name=vlra", r"did you mean vlora\?"),
+        ("generator.types=qx", r"unknown type 'x'; known: q, k, v"),
+        ("ops.backend=hybird", r"ops\.backend=hybird: choose one of auto, reference, .*did you mean hybrid\?"),
+        ("generator.rank=0", r"generator\.rank=0: must be above 0"),
+        ("stage.epochs=1", r"give one of the two"),
+        ("optim.betas=[0.9]", r"give two numbers"),
+        ("optim.warmup_ratio=1.5", r"optim\.warmup_ratio=1\.5"),
+        ("engine.micro_batch_size=7", r"engine\.micro_batch_size=7 does not divide data\.batch_size"),
+        ("engine.offload_optimizer=true", r"needs optim\.name=deepspeed_cpu_adam"),
+        ("stage=finetune", r"stage=finetune needs init_from="),
+        ("stage.train.vision=true", r"vision\.cache=true reads features of a frozen encoder"),
+        ("llm.kernels=ligre", r"llm\.kernels=ligre: choose one of auto, .*did you mean liger\?"),
+        ("llm.attn_implementation=sdp", r"choose one of eager, sdpa, flash_attention_2; did you mean sdpa\?"),
+        ("llm.attn_implementation=flash_attention_2", r"needs engine\.precision=bf16"),
+        ("engine.gradient_checkpointing=maybe", r"gradient_checkpointing=maybe: choose one of true, false, auto"),
+        ("engine.gradient_checkpointing=1", r"gradient_checkpointing=1: choose one of true, false, auto"),
+        ("engine.memory_gib=0", r"engine\.memory_gib=0.*above 0"),
+        ("engine.compile=inductor", r"engine\.compile=inductor needs engine\.zero_stage=2 or less"),
+        ("engine.zero_stage=auto", r"`engine\.zero_stage`.*auto"),
+    ],
+)
+def test_mistakes_are_named(override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        composed(override)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash_attn is installed")
+def test_flash_attention_without_its_package_is_refused_before_anything_is_loaded():
+    with pytest.raises(ConfigError, match=r"flash_attn is not installed.*llm\.attn_implementation=sdpa"):
+        composed("llm.attn_implementation=flash_attention_2", "engine.precision=bf16")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is not None, reason="liger_kernel is installed")
+def test_kernels_without_their_package_are_refused_before_anything_is_loaded():
+    with pytest.raises(UserError, match=r"llm\.kernels=liger: .*not installed.*llm\.kernels=auto"):
+        composed("llm.kernels=liger")
+
+
+def test_batch_must_divide_among_ranks_and_micro_batches():
+    config = composed("data.batch_size=24", "engine.micro_batch_size=6")
+    assert accumulation(config, 2) == 2
+    with pytest.raises(ConfigError, match="do not divide among 5 ranks"):
+        accumulation(config, 5)
+    with pytest.raises(ConfigError, match="8 samples each, which engine.micro_batch_size=6"):
+        accumulation(config, 3)
+
+
+def test_the_unrelated_apex_of_pypi_is_told_apart(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "apex", raising=False)
+    with pytest.raises(UserError, match="apex is not installed"):
+        require_nvidia_apex("optim.name=apex_fused_adam", "optim.name=adamw")
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").touch()
+    with pytest.raises(UserError, match="an unrelated one from PyPI.*pip uninstall apex"):
+        require_nvidia_apex("optim.name=apex_fused_adam", "optim.name=adamw")

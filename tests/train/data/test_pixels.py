@@ -1,0 +1,137 @@
+"""Image modes, against the Hugging Face processors and LLaVA's definition of padding."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import BitImageProcessor, CLIPImageProcessor, LlavaNextImageProcessor
+
+from data_prep.store.errors import DataError
+from model.config import VisionConfig
+from train.data import PixelPreprocessor, load_preprocessor
+from train.data.pixels import grids
+
+MEAN, STD = (0.48, 0.45, 0.4), (0.26, 0.27, 0.28)
+
+
+def picture(size, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+
+
+def encoded(image, form="png", **options):
+    stream = io.BytesIO()
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+def vision(path, mode, **options):
+    return VisionConfig(path=str(path), image_mode=mode, **options)
+
+
+@pytest.mark.parametrize(
+    "size", [(40, 40), (64, 33), (31, 90), (20, 300), (28, 28), (64, 48), (48, 64), (75, 50), (7, 3)]
+)
+@pytest.mark.parametrize("kind", ["clip", "dinov2"])
+def test_crop_and_resize_equal_the_hf_processors(size, kind, tmp_path):
+    image = picture(size)
+    crop = {"height": 28, "width": 28}
+    edge = {"shortest_edge": 28 if kind == "clip" else 32}
+    cls = CLIPImageProcessor if kind == "clip" else BitImageProcessor
+    processor = cls(size=edge, crop_size=crop, resample=3, image_mean=MEAN, image_std=STD)
+    processor.save_pretrained(tmp_path)
+    expected = processor(image, return_tensors="pt")["pixel_values"]
+    got = load_preprocessor(vision(tmp_path, "crop"))(encoded(image))
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    square = processor(image, size={"height": 28, "width": 28}, do_center_crop=False, return_tensors="pt")
+    got = load_preprocessor(vision(tmp_path, "resize"))(encoded(image))
+    torch.testing.assert_close(got, square["pixel_values"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "size", [(500, 375), (375, 500), (640, 480), (640, 427), (333, 500), (1024, 683), (337, 336), (1600, 90)]
+)
+def test_crop_equals_clip_at_photograph_sizes(size, tmp_path):
+    """Where only the cut is scaled (4:3) and where that would move it."""
+    image = picture(size)
+    processor = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    processor.save_pretrained(tmp_path)
+    got = load_preprocessor(vision(tmp_path, "crop"))(encoded(image, "bmp"))
+    expected = processor(image, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(40, 40), (10, 20), (100, 30), (30, 100), (64, 57), (200, 150), (28, 56), (3, 50)])
+@pytest.mark.parametrize("max_tiles", [2, 4, 9])
+def test_tiles_equal_llava_next(size, max_tiles, tmp_path):
+    image = picture(size)
+    settings = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    CLIPImageProcessor(**settings, image_mean=MEAN, image_std=STD).save_pretrained(tmp_path)
+    pinpoints = [[28 * rows, 28 * columns] for columns, rows in grids(max_tiles)]
+    processor = LlavaNextImageProcessor(**settings, image_mean=MEAN, image_std=STD, image_grid_pinpoints=pinpoints)
+    expected = processor(image, return_tensors="pt")["pixel_values"][0]
+    got = load_preprocessor(vision(tmp_path, "tiles", max_tiles=max_tiles))(encoded(image))
+    assert 3 <= len(got) <= 1 + max_tiles
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+def test_grids():
+    assert grids(2) == [(1, 2), (2, 1)]
+    assert grids(4) == [(1, 2), (2, 1), (1, 3), (3, 1), (1, 4), (2, 2), (4, 1)]
+    assert len(grids(9)) == sum(9 // columns for columns in range(1, 10)) - 1
+
+
+@pytest.mark.parametrize("size", [(32, 16), (16, 32), (31, 20), (20, 31), (24, 24), (640, 427), (90, 7), (300, 299)])
+def test_pad_is_llavas_square_in_the_mean_colour(size, tmp_path):
+    image = picture(size)
+    CLIPImageProcessor(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_mean=MEAN, image_std=STD
+    ).save_pretrained(tmp_path)
+    side = max(size)
+    square = np.empty((side, side, 3), np.uint8)
+    square[:] = [int(m * 255) for m in MEAN]
+    top, left = (side - size[1]) // 2, (side - size[0]) // 2
+    square[top : top + size[1], left : left + size[0]] = np.asarray(image)
+    processor = CLIPImageProcessor.from_pretrained(tmp_path)
+    expected = processor(Image.fromarray(square), return_tensors="pt")["pixel_values"]
+    got = load_preprocessor(vision(tmp_path, "pad"))(encoded(image))
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["crop", "pad", "tiles"])
+def test_every_kind_of_file_gives_the_picture_a_viewer_shows(mode):
+    make = PixelPreprocessor(mode, 16, 16, MEAN, STD)
+    image = picture((24, 16))
+    expected = make(encoded(image))
+    turned = image.transpose(Image.Transpose.ROTATE_90)  # 6: to be shown turned by 90 degrees clockwise
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert torch.equal(make(encoded(turned, exif=exif)), expected)
+    alpha = image.copy()
+    alpha.putalpha(Image.new("L", image.size, 77))
+    assert torch.equal(make(encoded(alpha)), expected)  # as the HF processors: colours as stored, alpha dropped
+    few = image.quantize(16)
+    assert torch.equal(make(encoded(few)), make(encoded(few.convert("RGB"))))
+    assert torch.equal(make(encoded(few, transparency=3)), make(encoded(few.convert("RGB"))))
+    grey = image.convert("L")
+    assert torch.equal(make(encoded(grey)), make(encoded(Image.merge("RGB", [grey] * 3))))
+    inks = image.convert("CMYK")
+    assert torch.equal(make(encoded(inks, "tiff")), make(encoded(inks.convert("RGB"))))
+
+
+def test_fingerprint_follows_what_the_mode_reads():
+    def of(mode, **changes):
+        return PixelPreprocessor(**{"mode": mode, "size": 8, "shortest_edge": 8, "mean": MEAN, "std": STD, **changes})
+
+    assert of("crop").fingerprint == of("crop", max_tiles=9).fingerprint != of("pad").fingerprint
+    assert of("tiles").fingerprint != of("tiles", max_tiles=9).fingerprint
+
+
+def test_unknown_image_mode_and_missing_settings(tmp_path):
+    with pytest.raises(DataError, match="image_mode=stretch.*resize, crop, pad, tiles"):
+        load_preprocessor(vision(tmp_path, "stretch"))
+    with pytest.raises(DataError, match="max_tiles=1: at least 2"):
+        load_preprocessor(vision(tmp_path, "tiles", max_tiles=1))
+    with pytest.raises(DataError, match="preprocessor_config.json is missing"):
+        load_preprocessor(vision(tmp_path, "crop"))

@@ -1,0 +1,70 @@
+"""The real DeepSpeed engine under ZeRO-3, one and two ranks, against plain torch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1-rank", "2-ranks"])
+def results(request) -> dict:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request.param}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "-m", "tests.train.engine.engine_program"],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    lines = [line for line in done.stdout.splitlines() if "RESULTS " in line]
+    assert done.returncode == 0 and lines, done.stderr[-3000:]
+    return json.loads(lines[0].split("RESULTS ", 1)[1])
+
+
+def test_gradients_equal_plain_torch(results):
+    """Both stages, with and without checkpointing, mixed, one rank without images, no image at all, image norm."""
+    cases = {name: value for name, value in results.items() if name.startswith(("pretrain/", "finetune/"))}
+    assert len(cases) == (16 if results["world"] == 2 else 12)
+    assert {name: value for name, value in cases.items() if not value < 1e-5} == {}
+
+
+@pytest.mark.parametrize("name", ["partitioned", "kept_whole", "frozen_kept_whole", "packed", "by_tokens", "compiled"])
+def test_three_steps_with_accumulation_and_clipping_equal_plain_torch(results, name):
+    assert results[f"trajectory/{name}/grad_norm"] < 1e-5
+    assert results[f"trajectory/{name}/weights"] < 2e-5
+
+
+def test_gradients_rounded_between_the_ranks_give_nearly_the_same_steps(results):
+    assert 1e-7 < results["trajectory/reduced_in_bf16/grad_norm"] < 1e-2
+    assert results["trajectory/reduced_in_bf16/weights"] < 1e-3
+
+
+def test_pretraining_leaves_llm_and_vision_bit_identical(results):
+    assert results["frozen_bit_identical"] and results["connector_moved"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_pretraining_has_no_graph_below_the_first_placed_layer(results, checkpointing):
+    """Placed are layers 1 and 3 of four: no backward through layer 0, the embeddings and the vision encoder."""
+    expected = {"vision": False, "0": False, "1": True, "2": True, "3": True}
+    assert results[f"graph/{checkpointing}"] == expected
+    fetched = results[f"fetched/{checkpointing}"]
+    assert not [name for name in fetched if name.startswith(("llm.model.layers.0", "llm.model.embed", "vision"))]
+    assert any(name.startswith("llm.model.layers.1.") for name in fetched)  # the watch does see gathers
+
+
+def test_a_parameter_unused_in_a_step_keeps_no_stale_gradient(results):
+    assert results["stale"] < 1e-6
+
+
+def test_nan_on_one_rank_skips_the_step_everywhere_and_ends_the_run_if_it_stays(results):
+    assert results["nan_applied"] is False
+    assert results["nan_weights_untouched"]
+    assert "2 steps in a row had a non-finite gradient" in results["nan_error"]

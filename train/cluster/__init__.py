@@ -1,0 +1,1 @@
+"""SLURM: sweeps and jobs."""

@@ -1,0 +1,250 @@
+"""Every key of a run's configuration, typed. Hydra composes `conf/` into it (`train.config.compose`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from model.config import (
+    ConnectorConfig,
+    GeneratorConfig,
+    LLMConfig,
+    ModelConfig,
+    OpsConfig,
+    VisionConfig,
+)
+from train.data.config import DataConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Of `engine.precision`."""
+STAGES = ("pretrain", "finetune")
+OPTIMIZERS = ("adamw", "deepspeed_cpu_adam", "deepspeed_fused_adam", "apex_fused_adam")
+
+
+@dataclass
+class TrainedParts:
+    """Which parts of the model are trained."""
+
+    connector: bool = True
+    llm: bool = False
+    vision: bool = False
+
+
+@dataclass
+class StageConfig:
+    """What is trained, from what, and for how long.
+
+    Attributes:
+        name: `pretrain` or `finetune`.
+        steps: Optimizer steps; null: `epochs` passes over the data.
+        epochs: Passes over the data, may be a fraction.
+        train: Which parts are trained.
+        freeze: Glob patterns of parameter names kept frozen all the same, e.g. `llm.model.embed_tokens.*`.
+    """
+
+    name: str = "pretrain"
+    steps: int | None = None
+    epochs: float | None = 1.0
+    train: TrainedParts = field(default_factory=TrainedParts)
+    freeze: list[str] = field(default_factory=list)
+
+
+@dataclass
+class LearningRates:
+    """Peak learning rate per parameter group; null: that of `connector`.
+
+    Attributes:
+        connector: The generator (or projector) without heads and B.
+        heads: The generator's linear heads.
+        output_factors: The learned factors B.
+        llm: The language model.
+        vision: The vision encoder.
+    """
+
+    connector: float = 5e-5
+    heads: float | None = None
+    output_factors: float | None = None
+    llm: float | None = None
+    vision: float | None = None
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer and schedule.
+
+    Attributes:
+        name: `adamw` (torch, fused), `deepspeed_cpu_adam`, `deepspeed_fused_adam`, `apex_fused_adam` (NVIDIA apex).
+        lr: Peak learning rates.
+        betas, eps: Adam's.
+        weight_decay: Not applied to norms, biases, queries, positions and other vectors.
+        schedule: `cosine` to `min_lr_ratio` of the peak, or `constant`; both after a linear warm-up.
+        warmup_ratio: Share of the steps spent warming up.
+        min_lr_ratio: End of the cosine over its peak.
+        grad_clip: Largest gradient norm; 0: no clipping.
+    """
+
+    name: str = "adamw"
+    lr: LearningRates = field(default_factory=LearningRates)
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
+    warmup_ratio: float = 0.03
+    min_lr_ratio: float = 0.0
+    grad_clip: float = 1.0
+
+
+@dataclass
+class EngineConfig:
+    """DeepSpeed. Every value is ours: DeepSpeed's own defaults and its "auto" are never relied on.
+
+    Attributes:
+        zero_stage: 0 to 3.
+        precision: `fp32` or `bf16` (fp32 master weights and gradient accumulation).
+        micro_batch_size: Samples per rank and forward pass; null: the rank's whole share of the batch.
+        gradient_checkpointing: Recompute the decoder layers in the backward pass (non-reentrant): `true`, `false`, or
+            `auto`: where `train.measure.memory` estimates that a step does not fit without (docs/performance.md).
+        compile: Backend of `torch.compile` for the decoder layers, `inductor` or (to find faults) `aot_eager`; null:
+            none. Needs `zero_stage` 0 to 2 (docs/performance.md).
+        memory_gib: Memory of one rank, for `auto`; null: the GPU's, or the host's divided by its ranks.
+        overlap_comm, reduce_bucket_size, prefetch_bucket_size, persistence_threshold, max_live_parameters,
+            sub_group_size: ZeRO-3's settings of these names; sizes in elements.
+        reduce_scatter: Reduce gradients by reduce-scatter; false: by all-reduce, each rank keeping its part.
+        reduce_dtype: What gradients are rounded to while they cross the ranks, `fp32` or `bf16`; null: `precision`.
+        offload_optimizer: Keep optimizer state in host memory.
+        timeout_minutes: A collective that takes longer ends the run.
+        max_skipped_steps: Consecutive steps with a non-finite gradient after which the run ends.
+        deterministic: Deterministic algorithms only.
+    """
+
+    zero_stage: int = 3
+    precision: str = "bf16"
+    micro_batch_size: int | None = None
+    gradient_checkpointing: Any = False
+    compile: str | None = None
+    memory_gib: float | None = None
+    overlap_comm: bool = True
+    reduce_scatter: bool = True
+    reduce_dtype: str | None = None
+    reduce_bucket_size: int = 50_000_000
+    prefetch_bucket_size: int = 50_000_000
+    persistence_threshold: int = 100_000
+    max_live_parameters: int = 1_000_000_000
+    sub_group_size: int = 1_000_000_000
+    offload_optimizer: bool = False
+    timeout_minutes: float = 30.0
+    max_skipped_steps: int = 5
+    deterministic: bool = True
+
+
+@dataclass
+class LaunchConfig:
+    """Processes of a run.
+
+    Attributes:
+        mode: `local`: start them on this machine; `none`: only prepare the run directory (on a cluster SLURM starts
+            them, see `slurm/`).
+        workers: Processes; null: one per GPU, or one without a GPU.
+        threads_per_worker: CPU threads of each; null: cores divided by workers.
+    """
+
+    mode: str = "local"
+    workers: int | None = None
+    threads_per_worker: int | None = None
+
+
+@dataclass
+class CheckpointConfig:
+    """Resumable engine checkpoints.
+
+    Attributes:
+        every: Steps between checkpoints; null: only at the end and on a signal.
+        keep: Complete checkpoints kept.
+    """
+
+    every: int | None = 500
+    keep: int = 2
+
+
+@dataclass
+class TrackingConfig:
+    """What is written about a run. `metrics.jsonl` is always written.
+
+    Attributes:
+        wandb: `online`, `offline` or `disabled`.
+        project, group, name, tags: As wandb names them; name null: that of the run directory.
+        log_every: Steps between records.
+        weights_every: Steps between records of |dW| / |W| per layer and type and of the image share of A.
+        samples_every: Steps between tables of sample images, questions, answers and predictions; null: at the end.
+        num_samples: Rows of that table.
+        min_image_share: Warn when the share of A's energy that varies with the image falls below it.
+    """
+
+    wandb: str = "offline"
+    project: str = "vlora"
+    group: str | None = None
+    name: str | None = None
+    tags: list[str] = field(default_factory=list)
+    log_every: int = 10
+    weights_every: int = 50
+    samples_every: int | None = None
+    num_samples: int = 16
+    min_image_share: float = 0.01
+
+
+@dataclass
+class EvaluationConfig:
+    """Defaults of `python -m train.evaluate`.
+
+    Attributes:
+        batch_size: Questions per forward.
+        max_new_tokens: Longest answer.
+        max_samples: A fixed random subset of the questions; null: all.
+        val_dialogues: Held-out dialogues for the validation loss at the end of a stage.
+    """
+
+    batch_size: int = 64
+    max_new_tokens: int = 16
+    max_samples: int | None = None
+    val_dialogues: int | None = 256
+
+
+@dataclass
+class RunConfig:
+    """One run.
+
+    Attributes:
+        seed: Of initialisation and data order.
+        init_from: Run directory whose exported weights this one starts from.
+        run_dir: Where everything about the run goes; null: a new directory below `output_root`.
+        output_root: See `run_dir`.
+        cache_dir: Converted third-party parts and cached features.
+        check: Compose, validate and print the model's table; train nothing.
+    """
+
+    llm: LLMConfig = field(default_factory=LLMConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    connector: ConnectorConfig = field(default_factory=ConnectorConfig)
+    ops: OpsConfig = field(default_factory=OpsConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    stage: StageConfig = field(default_factory=StageConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    seed: int = 0
+    init_from: str | None = None
+    run_dir: str | None = None
+    output_root: str = "outputs"
+    cache_dir: str = ".cache"
+    check: bool = False
+
+    @property
+    def model(self) -> ModelConfig:
+        """The part that `model` reads."""
+        return ModelConfig(self.llm, self.vision, self.generator, self.connector)

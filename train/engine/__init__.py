@@ -1,0 +1,1 @@
+"""A stage: DeepSpeed engine, loop, checkpoints, export."""

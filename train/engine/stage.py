@@ -1,0 +1,258 @@
+"""One stage on one rank: puts model, data, engine, checkpoints and tracking together and runs the loop."""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.integrations import HfDeepSpeedConfig
+
+from common.errors import UserError
+from model.connectors import FeatureNorm
+from model.generator.weights import base_norms
+from model.loading import fingerprint
+from model.ops import set_backend
+from model.vision import build_vision
+from model.vlm import VisionLanguageModel, build_model
+from train.config import DTYPES, RunConfig, accumulation
+from train.data import (
+    EvalLoader,
+    TrainLoader,
+    ensure_feature_cache,
+    load_preprocessor,
+    loader_errors,
+    make_text,
+    open_split,
+    open_train_split,
+)
+from train.data.collate import ImageInput
+from train.engine import checkpoint
+from train.engine.checkpoint import Progress
+from train.engine.engine import Engine, deepspeed_config, freeze
+from train.engine.export import export, exported_llm, load_connector
+from train.engine.loop import Loop
+from train.measure import memory, samples
+from train.measure.flops import FlopCounter
+from train.measure.summary import describe, parameter_counts
+from train.measure.tracking import Tracker
+from train.process import distributed
+from train.process.run_dir import read_record
+from train.process.signals import StopRequest
+
+
+@loader_errors()
+def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: StopRequest) -> bool:
+    """Run (or go on with) the stage of a run directory. Collective.
+
+    Returns:
+        True when the stage is finished and exported, False when it stopped on request with a checkpoint.
+
+    Raises:
+        ValueError, UserError: anything the user can put right.
+    """
+    if (run_dir / "DONE").exists():
+        return True
+    rank, world = distributed.rank(), distributed.world_size()
+    micro_steps = accumulation(config, world)
+    _seed(config)
+    backend = set_backend(config.ops.backend, device)
+
+    tokenizer = AutoTokenizer.from_pretrained(config.llm.path)
+    identity = {"llm": fingerprint(config.llm.path), "vision": fingerprint(config.vision.path)}
+    pixels = load_preprocessor(config.vision)
+    image: ImageInput = pixels
+    vision = None
+    if config.vision.cache:
+        vision = build_vision(config.vision, torch.float32)
+        image = _feature_cache(config, vision, pixels, identity, device, read_record(run_dir)["id"])
+        vision.encoder = None  # its sizes are still needed, its weights are not
+        gc.collect()
+    image_tokens = memory.image_tokens(config)
+    loader = TrainLoader(config.data, tokenizer, image, config.seed, rank, world, micro_steps, image_tokens)
+    identity["data"] = loader.fingerprint
+    total_steps = config.stage.steps or max(1, loader.batching.steps(config.stage.epochs))
+    questions = held_out = None
+    if config.data.val:  # now, so that what is wrong with it is not found at the end of the run
+        questions = _validation(config, tokenizer, image, prompts=True)
+        held_out = _validation(config, tokenizer, image, prompts=False)
+
+    config = _settle_checkpointing(config, world, micro_steps, tokenizer, device)
+    model = _build(config, world, micro_steps, vision)
+    if config.init_from is not None:
+        load_connector(model.connector, Path(config.init_from), config.model, identity)
+    freeze(model, config.stage)
+    norms = base_norms(model.llm, model.placement, lambda w: GatheredParameters([w])) if model.placement else {}
+    flops = FlopCounter(model, features_cached=config.vision.cache)
+    table, counts = describe(model), parameter_counts(model)
+    engine = Engine(model, config, total_steps, micro_steps)
+    if model.connector.norm is not None and not model.connector.norm.measured:
+        _measure_features(engine, loader, image)
+
+    progress = Progress()
+    if (found := checkpoint.find(run_dir)) is not None:
+        progress = checkpoint.load(engine, found, identity)
+        loader.load(progress.loader)
+    facts = {
+        "world_size": world,
+        "zero_stage": engine.zero_stage,
+        "total_steps": total_steps,
+        "accumulation": micro_steps,
+        "ops_backend": backend,
+        "gradient_checkpointing": config.engine.gradient_checkpointing,
+        "vision_features_cached": config.vision.cache,
+        "parameters": counts,
+        "identity": identity,
+    }
+    tracker = None
+    if rank == 0:
+        print(table)
+        print(
+            f"{config.stage.name}: {total_steps} steps of {config.data.batch_size} samples, world size {world}, "
+            f"ZeRO stage {engine.zero_stage}, {config.engine.precision}, {micro_steps} micro-steps, "
+            f"ops backend {backend} (asked for {config.ops.backend})"
+            + (f", resumed at step {progress.step} from {found}" if found else ""),
+            flush=True,
+        )
+        (run_dir / "facts.json").write_text(json.dumps(facts, indent=1))
+        tracker = Tracker(config, run_dir, read_record(run_dir), progress.step, facts)
+
+    def show_samples(step: int) -> None:
+        rows = samples.predict(engine, questions, tokenizer, config)
+        if tracker is not None:
+            samples.write(run_dir, step, rows, tracker)
+
+    loop = Loop(
+        engine, loader, config, run_dir, identity, progress, total_steps, stop, tracker, flops, norms,
+        on_samples=show_samples if questions else None,
+    )  # fmt: skip
+    summary: dict[str, Any] = {}
+    try:
+        finished = loop.run()
+        summary |= asdict(progress)
+        if finished:
+            if questions and held_out:
+                show_samples(total_steps)
+                summary["val_loss"] = loop.validate(held_out)
+            export(engine, run_dir, tokenizer, config.model, identity)
+    finally:
+        if tracker is not None:
+            tracker.finish(summary)
+    return finished
+
+
+def _seed(config: RunConfig) -> None:
+    """The same on every rank: parameters are made everywhere and rank 0's win."""
+    random.seed(config.seed)
+    torch.manual_seed(config.seed)
+    if config.engine.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+
+
+def _settle_checkpointing(
+    config: RunConfig, world: int, micro_steps: int, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> RunConfig:
+    """`engine.gradient_checkpointing=auto` becomes true or false, the same on all ranks. Collective."""
+    if config.engine.gradient_checkpointing != "auto":
+        return config
+    load = memory.workload(config, tokenizer, config.data.batch_size // world // micro_steps)
+    limit = memory.available(config, device, distributed.local_world_size())
+    (limit,) = distributed.reduce([float(limit)], device, "min")
+    plan = memory.plan(config, world, load)
+    if distributed.rank() == 0:
+        print(memory.describe(config, world, load, plan, int(limit)), flush=True)
+    chosen = replace(config.engine, gradient_checkpointing=plan.needs_checkpointing(int(limit)))
+    return replace(config, engine=chosen)
+
+
+def _build(config: RunConfig, world: int, micro_steps: int, vision: torch.nn.Module | None) -> VisionLanguageModel:
+    """The model, its pretrained parts partitioned while they are read (ZeRO-3): no rank ever holds all of them."""
+    llm_path = config.llm.path
+    if config.init_from is not None and (llm := exported_llm(Path(config.init_from))) is not None:
+        llm_path = str(llm)
+    # transformers asks this object (by weak reference) whether to partition while loading.
+    keep = HfDeepSpeedConfig(deepspeed_config(config, world, micro_steps))
+    model = build_model(config.model, DTYPES[config.engine.precision], llm_path=llm_path, vision=vision)
+    del keep
+    return model
+
+
+def _feature_cache(
+    config: RunConfig, vision: torch.nn.Module, pixels: Any, identity: dict[str, str], device: torch.device, run: str
+) -> ImageInput:
+    splits = [open_train_split(config.data, source.path) for source in config.data.train]
+    splits += [open_split(config.data, config.data.val)] if config.data.val else []
+    vision.requires_grad_(False)
+    vision.to(device).eval()
+
+    def encode(batch: torch.Tensor) -> torch.Tensor:
+        return vision(batch.to(device)).cpu()
+
+    read = config.vision
+    return ensure_feature_cache(
+        Path(config.cache_dir) / "features",
+        splits,
+        pixels,
+        encode,
+        f"{identity['vision']}/{read.layer}/{read.final_norm}/{read.keep_cls}",
+        dtype="float32" if config.engine.precision == "fp32" else "bfloat16",
+        run=run,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        barrier=distributed.barrier,
+    )
+
+
+def _measure_features(engine: Engine, loader: TrainLoader, image: ImageInput, images: int = 1024) -> None:
+    """Fill the connector's `FeatureNorm` with mean and deviation over training images. Collective.
+
+    Takes samples spread evenly over the first source; every rank encodes the same number of them.
+    """
+    norm: FeatureNorm = engine.model.connector.norm
+    rank, world = distributed.rank(), distributed.world_size()
+    split = loader.splits[0]
+    count = min(images, len(split)) // world * world
+    total = torch.zeros(2, len(norm.mean), dtype=torch.float64)
+    seen = 0
+    for index in range(rank, count, world):
+        position = index * len(split) // count
+        files = loader.images(0, position)
+        try:
+            # A text-only sample still runs the encoder: ZeRO-3 needs every rank in step.
+            views = image(files[0]) if files else image.dummy()
+        except ValueError as error:  # ImageError, DataError
+            raise UserError(f"{split.shard_of(position)}: sample {split[position].id}: {error}") from error
+        with torch.no_grad():
+            features = engine.model.encode(views.to(engine.device))
+        if files:
+            flat = features.double().flatten(0, 1).cpu()
+            total += torch.stack([flat.sum(0), flat.square().sum(0)])
+            seen += len(flat)
+    flat_total = distributed.reduce([*total.flatten().tolist(), float(seen)], engine.device)
+    seen = flat_total.pop()
+    if not seen:
+        raise UserError(f"{split.folder}: no sample with an image to measure feature statistics on")
+    mean, square = (torch.tensor(flat_total, dtype=torch.float64) / seen).view(2, -1)
+    norm.set(mean.float(), (square - mean.square()).clamp_min(0).sqrt().float())
+
+
+def _validation(config: RunConfig, tokenizer: PreTrainedTokenizerBase, image: ImageInput, prompts: bool) -> EvalLoader:
+    """Prompts for the sample table (the same on all ranks) or rows for the validation loss (shared among ranks)."""
+    rank, world = (0, 1) if prompts else (distributed.rank(), distributed.world_size())
+    return EvalLoader(
+        open_split(config.data, config.data.val),
+        make_text(config.data, tokenizer),
+        image,
+        prompts=prompts,
+        rows=config.tracking.num_samples if prompts else config.evaluation.batch_size,
+        limit=config.tracking.num_samples if prompts else config.evaluation.val_dialogues,
+        seed=config.seed,
+        rank=rank,
+        world_size=world,
+    )

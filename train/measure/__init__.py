@@ -1,0 +1,1 @@
+"""What is measured and shown: tracking, memory, FLOPs, scores, reports."""

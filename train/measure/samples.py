@@ -1,0 +1,63 @@
+"""The table of sample images with question, answer and prediction that a run logs."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+
+from train.config import RunConfig
+from train.data import EvalLoader
+from train.engine.engine import Engine
+from train.measure.tracking import Tracker
+
+COLUMNS = ["image", "question", "answer", "prediction"]
+
+
+@torch.no_grad()
+def predict(
+    engine: Engine, loader: EvalLoader, tokenizer: PreTrainedTokenizerBase, config: RunConfig
+) -> list[dict[str, Any]]:
+    """Answers to the loader's prompts. Collective: every rank runs the same batches, as ZeRO-3 needs."""
+    model = engine.model
+    model.eval()
+    rows = []
+    for evaluation in loader:
+        out = model.generate(
+            evaluation.batch.to(engine.device),
+            config.evaluation.max_new_tokens,
+            pad_token_id=loader.text.dialogue.pad_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        for item, ids in zip(evaluation.items, out.tolist(), strict=True):
+            text = loader.text.dialogue.decode(ids)
+            rows.append({"sample": item.sample, "question": item.question, "answer": item.answer, "prediction": text})
+    model.train()
+    wanted = {row["sample"] for row in rows}
+    images = {sample.id: sample.images for sample in loader.split if sample.id in wanted}
+    for row in rows:
+        row["images"] = images[row["sample"]]
+    return rows
+
+
+def write(run_dir: Path, step: int, rows: list[dict[str, Any]], tracker: Tracker) -> None:
+    """Keep the table as `samples/step-N.jsonl` and log it with pictures."""
+    folder = run_dir / "samples"
+    folder.mkdir(exist_ok=True)
+    lines = [json.dumps({k: v for k, v in row.items() if k != "images"}) for row in rows]
+    (folder / f"step-{step:06d}.jsonl").write_text("\n".join(lines) + "\n")
+    cells = [
+        [
+            Image.open(io.BytesIO(row["images"][0])).convert("RGB") if row["images"] else None,
+            row["question"],
+            row["answer"],
+            row["prediction"],
+        ]
+        for row in rows
+    ]
+    tracker.table(step, "samples", COLUMNS, cells)

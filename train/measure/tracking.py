@@ -1,0 +1,105 @@
+"""What a run writes about itself: `metrics.jsonl` always, and the same numbers to wandb."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from common.files import write_atomically
+from train.config import RunConfig
+
+METRICS = "metrics.jsonl"
+
+
+class Tracker:
+    """Writes records of one run; made on rank 0 only.
+
+    After a resume, records of steps that will be run again are taken out, so every step stands once.
+
+    Args:
+        config: The run's configuration.
+        run_dir: Its directory.
+        record: Its `run.json`.
+        resumed_step: Step the run goes on from; 0 for a new one.
+        facts: Further facts for wandb's config (parameter counts, world size, ...).
+    """
+
+    def __init__(
+        self, config: RunConfig, run_dir: Path, record: dict[str, Any], resumed_step: int, facts: dict[str, Any]
+    ) -> None:
+        self.path = run_dir / METRICS
+        _drop_after(self.path, resumed_step)
+        self._stream = self.path.open("a", buffering=1)
+        self._wandb = None
+        if config.tracking.wandb != "disabled":
+            self._wandb = _start_wandb(config, run_dir, record, facts)
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Write one record of numbers."""
+        self._stream.write(json.dumps({"step": step, **values}) + "\n")
+        if self._wandb is not None:
+            # Not wandb's own step: it shifts or drops records of a step it has seen before.
+            self._wandb.log({"step": step, **values})
+
+    def table(self, step: int, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """Log a table whose cells may be PIL images (wandb only; files are the caller's)."""
+        if self._wandb is None:
+            return
+        import wandb
+        from PIL.Image import Image
+
+        cells = [[wandb.Image(cell) if isinstance(cell, Image) else cell for cell in row] for row in rows]
+        self._wandb.log({"step": step, name: wandb.Table(columns=columns, data=cells)})
+
+    def finish(self, summary: dict[str, Any] | None = None) -> None:
+        """Flush everything; offline wandb loses what is not finished."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        if self._wandb is not None:
+            self._wandb.summary.update(summary or {})
+            self._wandb.finish()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """All records of a run, in order; [] when there are none yet."""
+    path = run_dir / METRICS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _start_wandb(config: RunConfig, run_dir: Path, record: dict[str, Any], facts: dict[str, Any]) -> Any:
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    tracking = config.tracking
+    run = wandb.init(
+        mode=tracking.wandb,
+        project=tracking.project,
+        group=tracking.group,
+        name=tracking.name or record["name"],
+        tags=tracking.tags,
+        id=record["id"],
+        resume="allow",
+        dir=str(run_dir),
+        config={**asdict(config), "git_commit": record["git_commit"], "versions": record["versions"], **facts},
+        settings=wandb.Settings(x_disable_stats=True, console="off"),
+    )
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keep the records up to `step`; a torn last line (the machine died while writing) goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:
+            continue
+    write_atomically(path, "".join(f"{line}\n" for line in kept))
