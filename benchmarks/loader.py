@@ -29,13 +29,13 @@ from transformers import CLIPImageProcessor, LlavaNextImageProcessor
 
 from data_prep.parts.tiny_llm import build_tokenizer
 from data_prep.store.images import open_image, to_rgb
+from data_prep.store.pixels import grids
 from data_prep.store.sample import Sample
 from data_prep.store.writer import write_split
 from data_prep.text.templates import Encoded
 from model.config import VisionConfig
 from train.data import DataConfig, PixelPreprocessor, SourceConfig, TrainLoader, load_preprocessor
 from train.data.collate import Piece, collate
-from train.data.pixels import grids
 
 PAPER_SAMPLES = 246
 """Samples per second of the paper's pretraining (Table 7; LLaVA-v1.5: 106)."""

@@ -1,5 +1,6 @@
 """Prepared splits to batches: deterministic order, exact resume, pixels or cached features."""
 
+from data_prep.store.pixels import PixelPreprocessor, load_preprocessor, most_views
 from train.data.collate import Text
 from train.data.config import DataConfig, SourceConfig
 from train.data.features import FeatureCache, ensure_feature_cache
@@ -13,7 +14,6 @@ from train.data.loader import (
     open_split,
     open_train_split,
 )
-from train.data.pixels import PixelPreprocessor, load_preprocessor, most_views
 
 __all__ = [
     "DataConfig",

@@ -2,58 +2,16 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from data_prep.store.errors import DataError
 from data_prep.store.images import ImageError
+from data_prep.store.pixels import ImageInput
 from data_prep.store.sample import Dialogue, Sample
 from data_prep.text.templates import Encoded, TextEncoder, TooLongError
 from model.batch import IGNORE, Batch
-
-
-class ImageInput(ABC):
-    """What the model gets of an image file: pixels (`PixelPreprocessor`) or cached features (`FeatureCache`).
-
-    In two steps, so that the numbers are written once, into the batch.
-
-    Attributes:
-        shape: Of one view, [3, H, W] or [P, V].
-        dtype: Of the batch.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @abstractmethod
-    def read(self, data: bytes) -> list[np.ndarray]:
-        """The views of one image file, as they come; one but for tiles.
-
-        Raises:
-            ImageError, DataError: it cannot be read.
-        """
-
-    @abstractmethod
-    def write(self, views: list[np.ndarray], out: Tensor) -> None:
-        """Views that were read into `out` [n, *shape]."""
-
-    def __call__(self, data: bytes) -> Tensor:
-        """The views of one image file: [n, *shape]."""
-        return self.batch(self.read(data))
-
-    def batch(self, views: list[np.ndarray]) -> Tensor:
-        """Views that were read: [n, *shape]."""
-        out = torch.empty(len(views), *self.shape, dtype=self.dtype)
-        self.write(views, out)
-        return out
-
-    def dummy(self) -> Tensor:
-        """What a batch without images carries, with weight 0: zeros [1, *shape]."""
-        return torch.zeros(1, *self.shape, dtype=self.dtype)
 
 
 @dataclass

@@ -17,9 +17,8 @@ from torch import Tensor
 from common.files import digest
 from data_prep.store.errors import DataError
 from data_prep.store.images import ImageError
+from data_prep.store.pixels import ImageInput, PixelPreprocessor
 from data_prep.store.split import Split
-from train.data.collate import ImageInput
-from train.data.pixels import PixelPreprocessor
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": (torch.float32, np.float32), "bfloat16": (torch.bfloat16, np.uint16)}

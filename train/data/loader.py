@@ -17,12 +17,13 @@ from transformers import PreTrainedTokenizerBase
 
 from common.files import digest
 from data_prep.store.errors import CorruptShardError, DataError
+from data_prep.store.pixels import ImageInput
 from data_prep.store.sample import Sample
 from data_prep.store.split import Split
 from data_prep.text.templates import Encoded, TextEncoder
 from model.batch import IGNORE, Batch
 from train.data.batching import Batching, deal_by_tokens
-from train.data.collate import ImageInput, Piece, Text, collate, encode_sample
+from train.data.collate import Piece, Text, collate, encode_sample
 from train.data.config import DataConfig
 from train.data.order import Draws, MixtureOrder, Permutation, draw_dialogues
 from train.process.signals import SIGNALS

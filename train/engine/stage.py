@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
 
 from common.errors import UserError
+from data_prep.store.pixels import ImageInput
 from model.connectors import FeatureNorm
 from model.generator.weights import base_norms
 from model.loading import fingerprint
@@ -32,7 +33,6 @@ from train.data import (
     open_split,
     open_train_split,
 )
-from train.data.collate import ImageInput
 from train.engine import checkpoint
 from train.engine.checkpoint import Progress
 from train.engine.engine import Engine, deepspeed_config, freeze

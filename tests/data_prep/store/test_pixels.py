@@ -9,9 +9,8 @@ from PIL import Image
 from transformers import BitImageProcessor, CLIPImageProcessor, LlavaNextImageProcessor
 
 from data_prep.store.errors import DataError
+from data_prep.store.pixels import PixelPreprocessor, grids, load_preprocessor
 from model.config import VisionConfig
-from train.data import PixelPreprocessor, load_preprocessor
-from train.data.pixels import grids
 
 MEAN, STD = (0.48, 0.45, 0.4), (0.26, 0.27, 0.28)
 
