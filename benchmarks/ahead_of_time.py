@@ -32,8 +32,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from model.ops import triton_kernels
 from model.ops.rows import Segments
+from model.ops.triton import expand, factor_grad, gemm, merge, shrink
 
 TABLE = Path(__file__).with_name("kernel_resources.json")
 TARGETS = (80, 90)
@@ -79,9 +79,10 @@ def compiling_for(capability: int) -> Iterator[list[CompiledKernel]]:
         yield compiled
     finally:
         JITFunction.run = run
-        for value in vars(triton_kernels).values():
-            if isinstance(value, JITFunction):
-                value.device_caches.clear()
+        for module in (shrink, expand, factor_grad, gemm, merge):
+            for value in vars(module).values():
+                if isinstance(value, JITFunction):
+                    value.device_caches.clear()
 
 
 def launches(samples: int = 96, length: int = 64, d: int = 4096, r: int = 64) -> dict[str, Callable[[], object]]:
@@ -101,20 +102,20 @@ def launches(samples: int = 96, length: int = 64, d: int = 4096, r: int = 64) ->
         "128x256x32": {"BLOCK_N": 256, "num_warps": 8},
     }
     found: dict[str, Callable[[], object]] = {
-        "shrink q,k,v": lambda: triton_kernels.shrink(x, a, 0.5, segments),
-        "shrink o": lambda: triton_kernels.shrink(x, a[:1], 0.5, segments),
-        "expand q,k,v": lambda: triton_kernels.expand(z, a, segments),
-        "expand o": lambda: triton_kernels.expand(z[:1], a[:1], segments),
-        "factor_grad q,k,v": lambda: triton_kernels.factor_grad(x, z, segments),
-        "factor_grad o": lambda: triton_kernels.factor_grad(x, z[:1], segments),
+        "shrink q,k,v": lambda: shrink.shrink(x, a, 0.5, segments),
+        "shrink o": lambda: shrink.shrink(x, a[:1], 0.5, segments),
+        "expand q,k,v": lambda: expand.expand(z, a, segments),
+        "expand o": lambda: expand.expand(z[:1], a[:1], segments),
+        "factor_grad q,k,v": lambda: factor_grad.factor_grad(x, z, segments),
+        "factor_grad o": lambda: factor_grad.factor_grad(x, z[:1], segments),
     }
     for name, tile in fused.items():
-        found[f"gemm_lowrank forward {name}"] = lambda tile=tile: triton_kernels.gemm_lowrank(x, w, z[0], b, **tile)
-        found[f"gemm_lowrank dx {name}"] = lambda tile=tile: triton_kernels.gemm_lowrank(
+        found[f"gemm_lowrank forward {name}"] = lambda tile=tile: gemm.gemm_lowrank(x, w, z[0], b, **tile)
+        found[f"gemm_lowrank dx {name}"] = lambda tile=tile: gemm.gemm_lowrank(
             x, w.t(), z[0], a[0].transpose(1, 2), segments, **tile
         )
     matrices = [meta(d, d) for _ in range(32)]
-    found["merge 32 matrices"] = lambda: triton_kernels.merge(matrices, matrices, [meta(d, r)] * 32, [b] * 32, 0.5)
+    found["merge 32 matrices"] = lambda: merge.merge(matrices, matrices, [meta(d, r)] * 32, [b] * 32, 0.5)
     return found
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -72,28 +73,28 @@ def kernels(
     def wide(t: Tensor, *shape: int) -> Tensor:
         return (t.view(*shape, t.shape[-1]) if shape else t).double()
 
-    def triton():
-        from model.ops import triton_kernels
-
-        return triton_kernels
+    def op(name: str) -> Callable:
+        """A launcher of `model/ops/triton`, imported when it runs: the arithmetic alone needs no Triton."""
+        module = importlib.import_module(f"model.ops.triton.{name.removesuffix('_lowrank')}")
+        return getattr(module, name)
 
     pristine = [randn(d, d) for _ in range(matrices)]
     merged = [torch.empty_like(p) for p in pristine]
 
     def merge() -> Tensor:
-        triton().merge(pristine, merged, [a[0][0]] * matrices, [b] * matrices, 0.5)
+        op("merge")(pristine, merged, [a[0][0]] * matrices, [b] * matrices, 0.5)
         return merged[-1]
 
     return [
         Kernel("base x Wᵀ (x3)", "base", 3 * (2 * nx + nw), 3 * base,
                lambda: [torch.mm(x, w.t(), out=y) for _ in range(3)][0], lambda: wide(x) @ wide(w).t()),
         Kernel("shrink q,k,v", "forward", nx + 3 * na + 3 * nz, 3 * thin,
-               lambda: triton().shrink(x, a, 0.5, segments),
+               lambda: op("shrink")(x, a, 0.5, segments),
                lambda: torch.stack([(0.5 * wide(x, *by_sample) @ wide(a_g)).view(tokens, r) for a_g in a])),
         Kernel("z B into y (x3)", "forward", 3 * (nz + nb + nx), 3 * thin,
                lambda: [torch.mm(z_g, b, out=y) for z_g in z][2], lambda: wide(z[2]) @ wide(b)),
         Kernel("x Wᵀ + z B, fused (x3)", "fused", 3 * (2 * nx + nw + nz + nb), 3 * (base + thin),
-               lambda: [triton().gemm_lowrank(x, w, z_g, b) for z_g in z][2],
+               lambda: [op("gemm_lowrank")(x, w, z_g, b) for z_g in z][2],
                lambda: wide(x) @ wide(w).t() + wide(z[2]) @ wide(b)),
         Kernel("base dy W (x3)", "base", 3 * (2 * nx + nw), 3 * base,
                lambda: [torch.mm(dy, w, out=dx) for _ in range(3)][0], lambda: wide(dy) @ wide(w)),
@@ -102,10 +103,10 @@ def kernels(
         Kernel("dB = zᵀ dy (x3)", "backward", 3 * (nx + nz + nb), 3 * thin,
                lambda: [torch.mm(z_g.t(), dy) for z_g in z][2], lambda: wide(z[2]).t() @ wide(dy)),
         Kernel("expand dz Aᵀ into dx", "backward", 3 * nz + 3 * na + nx, 3 * thin,
-               lambda: triton().expand(z, a, segments),
+               lambda: op("expand")(z, a, segments),
                lambda: sum(wide(z[g], *by_sample) @ wide(a[g]).mT for g in range(3)).view(tokens, d)),
         Kernel("factor_grad q,k,v", "backward", nx + 3 * nz + 3 * na, 3 * thin,
-               lambda: triton().factor_grad(x, z, segments),
+               lambda: op("factor_grad")(x, z, segments),
                lambda: torch.stack([wide(x, *by_sample).mT @ wide(z_g, *by_sample) for z_g in z])),
         Kernel(f"merge {matrices} matrices", "merge", matrices * (2 * nw + 2 * nb), matrices * 2 * d * d * r,
                merge, lambda: wide(pristine[-1]) + 0.5 * (wide(a[0][0]) @ wide(b)).t()),

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model.ops import cpu, lowrank, lowrank_delta, split_perceptual
+from model.ops import cpu, lowrank_delta, op, split_perceptual
 from model.ops.rows import Segments
 
 
@@ -66,8 +66,8 @@ def _open_up(func, args) -> list[Tensor]:
     x = head[0] if forward else head[1]
     segments = Segments(*segments, per_sample, max_len, x.shape[0])
     if forward:
-        return lowrank.forward(cpu, *head, scale, segments)
-    return lowrank.backward(cpu, *head, scale, segments, *args[10:15])
+        return op.forward(cpu, *head, scale, segments)
+    return op.backward(cpu, *head, scale, segments, *args[10:15])
 
 
 def backward_traffic(term: Callable[[], Tensor]) -> Traffic:

@@ -12,10 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.ops import triton_kernels, tuner
+from model.ops import tuner
 from model.ops.backend import backend_for
 from model.ops.rows import Segments
-from model.ops.triton_kernels import MAX_GROUP, factor_grad, shrink
+from model.ops.triton.common import MAX_GROUP
+from model.ops.triton.expand import expand
+from model.ops.triton.factor_grad import factor_grad
+from model.ops.triton.gemm import gemm_lowrank
+from model.ops.triton.shrink import shrink
 
 __all__ = ["factor_grad", "input_grad", "project", "shrink"]
 
@@ -25,7 +29,7 @@ def project(x: Tensor, weight: Tensor | None, bias: Tensor | None, z: Tensor, b:
     if weight is None:
         return torch.mm(z, b)
     if (tile := _fused_tile(x, *weight.shape, z.shape[1])) is not None:
-        return triton_kernels.gemm_lowrank(x, weight, z, b, bias=bias, **tile)
+        return gemm_lowrank(x, weight, z, b, bias=bias, **tile)
     y = torch.mm(z, b) if bias is None else torch.addmm(bias, z, b)
     return y.addmm_(x, weight.t())
 
@@ -39,11 +43,11 @@ def input_grad(
         dx = None
         for dy_g, w, dz_g, a_g, tile in zip(dy, weights, dz, a, tiles, strict=True):
             low = a_g.transpose(1, 2)
-            dx = triton_kernels.gemm_lowrank(dy_g, w.t(), dz_g, low, segments, add_to=dx, **tile)
+            dx = gemm_lowrank(dy_g, w.t(), dz_g, low, segments, add_to=dx, **tile)
         return dx
-    dx = triton_kernels.expand(dz[:MAX_GROUP], a[:MAX_GROUP], segments)
+    dx = expand(dz[:MAX_GROUP], a[:MAX_GROUP], segments)
     for g in range(MAX_GROUP, len(a), MAX_GROUP):
-        dx += triton_kernels.expand(dz[g : g + MAX_GROUP], a[g : g + MAX_GROUP], segments)
+        dx += expand(dz[g : g + MAX_GROUP], a[g : g + MAX_GROUP], segments)
     for dy_g, w in zip(dy, weights, strict=False):
         dx.addmm_(dy_g, w)
     return dx

@@ -88,10 +88,10 @@ def merged_weights(pristine: Sequence[Tensor], placed: Sequence[Placed], scale: 
     )
     if not one_launch:
         return [merged_weight(w, p.a, p.b, scale) for w, p in zip(pristine, placed, strict=True)]
-    from model.ops import triton_kernels
+    from model.ops.triton.merge import merge
 
     targets = [torch.empty_like(w) for w in pristine]
-    triton_kernels.merge(pristine, targets, [p.a for p in placed], [p.b for p in placed], scale)
+    merge(pristine, targets, [p.a for p in placed], [p.b for p in placed], scale)
     return targets
 
 

@@ -56,12 +56,12 @@ def measure(tokens: int, n: int, d: int, r: int, dtype: torch.dtype = torch.bflo
     """Time every tile on the current GPU: `{"tile": the best, "ratio": hybrid form's time / that tile's time}`."""
     from triton.testing import do_bench
 
-    from model.ops import triton_kernels
+    from model.ops.triton.gemm import gemm_lowrank
 
     x, w = (torch.randn(s, d, device="cuda", dtype=dtype) for s in (tokens, n))
     z, b = torch.randn(tokens, r, device="cuda", dtype=dtype), torch.randn(r, n, device="cuda", dtype=dtype)
     hybrid = do_bench(lambda: torch.mm(z, b).addmm_(x, w.t()))
-    times = [do_bench(lambda tile=tile: triton_kernels.gemm_lowrank(x, w, z, b, **tile)) for tile in TILES]
+    times = [do_bench(lambda tile=tile: gemm_lowrank(x, w, z, b, **tile)) for tile in TILES]
     best = min(range(len(TILES)), key=times.__getitem__)
     return {"tile": TILES[best], "ratio": hybrid / times[best]}
 

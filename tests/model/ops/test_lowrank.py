@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.ops import Rows, lowrank_delta, lowrank_linear, lowrank_linear_group, set_backend, split_perceptual
 from model.ops.backend import backend_for
-from model.ops.lowrank import lowrank_linear_backward_op, lowrank_linear_op
+from model.ops.op import lowrank_linear_backward_op, lowrank_linear_op
 
 D_IN, RANK, D_OUT, LENGTH = 12, 4, (10, 6), 5
 

@@ -1,11 +1,12 @@
 """Every Triton kernel against float64 under the interpreter; used on the real kernels and on broken ones.
 
-A check takes the kernel module, so that the mutation test can hand in a mutant. All inputs lie between forbidden pages
+A check takes the op's module, so that the mutation test can hand in a mutant. All inputs lie between forbidden pages
 and all outputs start as NaN.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from types import ModuleType
@@ -171,6 +172,11 @@ def check_merge(kernels: ModuleType, dtype: torch.dtype, shapes: tuple[tuple[int
     for i, w in enumerate(weights):
         got = torch.cat([t.reshape(-1) for t, o in zip(targets, owner, strict=True) if o == i]).view(w.shape)
         assert_close(got, w.double() + 0.25 * (a[i].double() @ b[i].double()).t(), dtype)
+
+
+def kernel_module(case: str) -> ModuleType:
+    """The file of `model/ops/triton` that a case checks: the first word of its name."""
+    return importlib.import_module(f"model.ops.triton.{case.split()[0]}")
 
 
 def cases(full: bool) -> list[tuple[str, Callable[[ModuleType], None]]]:

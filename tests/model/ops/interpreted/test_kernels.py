@@ -2,12 +2,11 @@
 
 import pytest
 
-from model.ops import triton_kernels
-from tests.model.ops.interpreted.checks import cases
+from tests.model.ops.interpreted.checks import cases, kernel_module
 
 CASES = cases(full=True)
 
 
-@pytest.mark.parametrize("check", [check for _, check in CASES], ids=[name for name, _ in CASES])
-def test_kernel(check):
-    check(triton_kernels)
+@pytest.mark.parametrize(("name", "check"), CASES, ids=[name for name, _ in CASES])
+def test_kernel(name, check):
+    check(kernel_module(name))

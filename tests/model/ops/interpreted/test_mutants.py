@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from model.ops import triton_kernels
-from tests.model.ops.interpreted.checks import cases
+from model.ops import triton
+from tests.model.ops.interpreted.checks import cases, kernel_module
 
-SOURCE = Path(triton_kernels.__file__).read_text()
+OPS = ("shrink", "expand", "factor_grad", "gemm", "merge")
 
 MUTANTS = {
     # name: (which checks, text, its replacement)
@@ -29,7 +29,7 @@ MUTANTS = {
     ),
     "shrink: rows past the segment are written": ("shrink", "mask = in_rows & in_cols\n", "mask = in_cols\n"),
     "shrink: d_in tail not masked": ("shrink", "in_k = (k + ks) < d_in\n            mask", "in_k = ks >= 0\n            mask"),
-    "shrink: scale dropped": ("shrink", "_round(acc1 * scale,", "_round(acc1,"),
+    "shrink: scale dropped": ("shrink", "round_to(acc1 * scale,", "round_to(acc1,"),
     "shrink: third projection reads the second's A": ("shrink", "a2 + a_offset, mask, EVEN", "a1 + a_offset, mask, EVEN"),
     "shrink: A pointer not advanced": ("shrink", "a_offset += BLOCK_K * a_row", "a_offset += 0"),
     "shrink: segment taken for sample": ("shrink", "s = tl.load(sample + segment)\n", "s = segment\n"),
@@ -68,22 +68,30 @@ MUTANTS = {
 PASSED, WRONG_VALUE, DID_NOT_RUN = 0, 1, 2
 
 
-def run(source: str, kernel: str, path: Path) -> int:
-    """Run all checks of `kernel` on the kernels in `source` in a child; its exit code, or minus its signal."""
-    path.write_text(source)
+def source(file: str) -> str:
+    """The text of one file of `model/ops/triton`."""
+    return Path(triton.__file__).with_name(f"{file}.py").read_text()
+
+
+def run(text: str, file: str, op: str, path: Path) -> int:
+    """Run all checks of `op` in a child where `text` stands for `file`; its exit code, or minus its signal."""
+    path.write_text(text)
     child = os.fork()
     if child == 0:
         code = DID_NOT_RUN
         try:
             faulthandler.disable()  # a crash is an expected outcome
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            spec = importlib.util.spec_from_file_location("mutant", path)
+            name = f"{triton.__name__}.{file}"
+            for loaded in [m for m in sys.modules if m.startswith(f"{triton.__name__}.")]:
+                del sys.modules[loaded]  # an op imports the mutated common.py anew
+            spec = importlib.util.spec_from_file_location(name, path)
             module = importlib.util.module_from_spec(spec)
-            sys.modules["mutant"] = module
+            sys.modules[name] = module
             spec.loader.exec_module(module)
-            for name, check in cases(full=False):
-                if name.startswith(kernel):
-                    check(module)
+            for case, check in cases(full=False):
+                if case.split()[0] == op:
+                    check(kernel_module(case))
             code = PASSED
         except AssertionError:
             code = WRONG_VALUE
@@ -92,14 +100,16 @@ def run(source: str, kernel: str, path: Path) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-@pytest.mark.parametrize("kernel", ["shrink", "expand", "factor_grad", "gemm", "merge"])
-def test_unchanged_source_passes(kernel, tmp_path):
-    assert run(SOURCE, kernel, tmp_path / "unchanged.py") == PASSED
+@pytest.mark.parametrize("op", OPS)
+def test_unchanged_source_passes(op, tmp_path):
+    assert run(source(op), op, op, tmp_path / "unchanged.py") == PASSED
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught(name, tmp_path):
-    kernel, text, replacement = MUTANTS[name]
-    assert text in SOURCE, "the kernel changed: update the mutant"
-    # A text shared by several kernels is mutated in all of them.
-    assert run(SOURCE.replace(text, replacement), kernel, tmp_path / "mutant.py") in (WRONG_VALUE, -signal.SIGSEGV)
+    op, text, replacement = MUTANTS[name]
+    file = "common" if name.startswith("interpreter") else op
+    assert text in source(file), "the kernel changed: update the mutant"
+    # A text that stands several times in the file is mutated everywhere.
+    mutant = source(file).replace(text, replacement)
+    assert run(mutant, file, op, tmp_path / "mutant.py") in (WRONG_VALUE, -signal.SIGSEGV)
