@@ -1,4 +1,4 @@
-"""The vision encoder: any Hugging Face CLIP, SigLIP or DINOv2, read at a chosen hidden layer."""
+"""The vision encoder: any Hugging Face CLIP, SigLIP or DINO, read at a chosen hidden layer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from model.config import VisionConfig
-from model.loading import load_pretrained
+from model.loading import ModelError, load_pretrained
 
 
 class VisionEncoder(nn.Module):
@@ -24,6 +24,14 @@ class VisionEncoder(nn.Module):
         self.encoder = encoder
         self.layer, self.final_norm, self.keep_cls = config.layer, config.final_norm, config.keep_cls
         hf = encoder.config
+        if getattr(encoder, "use_head", False):
+            # SigLIP's pooling head: nobody reads its result, so it is neither run nor kept.
+            encoder.use_head, encoder.head = False, None
+        if "siglip2" in hf.model_type or not hasattr(hf, "image_size"):
+            raise ModelError(
+                f"vision.path={config.path}: {hf.model_type} has no fixed image size (SigLIP 2 NaFlex is such a one); "
+                "take an encoder of square images, such as the fixed-resolution SigLIP 2 checkpoints"
+            )
         self.image_size = config.image_size or hf.image_size
         if self.image_size % hf.patch_size:
             raise ValueError(f"vision.image_size={self.image_size} is not a multiple of the patch size {hf.patch_size}")
@@ -39,6 +47,20 @@ class VisionEncoder(nn.Module):
         # CLIP and SigLIP interpolate their positions when asked to; DINOv2 always does and takes no such option.
         asks = self.image_size != hf.image_size and not hf.model_type.startswith("dinov2")
         self._options = {"interpolate_pos_encoding": True} if asks else {}
+        if next(encoder.parameters()).is_meta:  # the front end's look at the shapes, before anything is started
+            self._check_tokens(self.num_prefix + patches, config.path)
+
+    def _check_tokens(self, expected: int, path: str) -> None:
+        """Raise a `ModelError` when the encoder returns another number of tokens than its kind should."""
+        with torch.no_grad():
+            blank = torch.empty(1, 3, self.image_size, self.image_size, device="meta", dtype=self.encoder.dtype)
+            tokens = self.encoder(pixel_values=blank, **self._options).last_hidden_state.shape[1]
+        if tokens != expected:
+            raise ModelError(
+                f"vision.path={path}: {self.encoder.config.model_type} returns {tokens} tokens for an image of "
+                f"{self.image_size} pixels, {expected} were expected; supported are CLIP, SigLIP, SigLIP 2 (fixed "
+                "resolution), DINOv2 and DINOv3"
+            )
 
     def train(self, mode: bool = True) -> VisionEncoder:
         """Stays in evaluation mode while it is frozen."""

@@ -6,13 +6,17 @@ import torch
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    CLIPVisionConfig,
     Dinov2Config,
+    Dinov2WithRegistersConfig,
+    DINOv3ViTConfig,
     Gemma2Config,
     LlamaConfig,
     MistralConfig,
     PhiConfig,
     Qwen2Config,
     Qwen3Config,
+    SiglipVisionConfig,
 )
 
 from model.batch import Batch
@@ -50,10 +54,26 @@ def decoder(name: str = "llama-gqa") -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(DECODERS[name]).eval()
 
 
-def vision() -> torch.nn.Module:
-    """A random DINOv2 for 28-pixel images: 4 patches of width 24."""
-    config = Dinov2Config(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
-    return AutoModel.from_config(config).eval()
+_VISION_SIZES = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_FEED_FORWARD = {"intermediate_size": 48}
+ENCODERS = {
+    "clip": CLIPVisionConfig(**_VISION_SIZES, **_FEED_FORWARD),
+    "siglip": SiglipVisionConfig(**_VISION_SIZES, **_FEED_FORWARD),  # and SigLIP 2 at a fixed resolution
+    "dinov2": Dinov2Config(**_VISION_SIZES),
+    "dinov2-registers": Dinov2WithRegistersConfig(**_VISION_SIZES, num_register_tokens=2),
+    "dinov3": DINOv3ViTConfig(**_VISION_SIZES, **_FEED_FORWARD, num_register_tokens=2),
+}
+
+
+def vision(name: str = "dinov2") -> torch.nn.Module:
+    """A random encoder of 28-pixel images: 4 patches of width 24."""
+    return AutoModel.from_config(ENCODERS[name]).eval()
 
 
 def config(connector: str = "vlora", **generator: object) -> ModelConfig:
@@ -66,17 +86,19 @@ def config(connector: str = "vlora", **generator: object) -> ModelConfig:
     )
 
 
-def build(model_config: ModelConfig, llm: str = "llama-gqa", seed: int = 0) -> VisionLanguageModel:
+def build(
+    model_config: ModelConfig, llm: str = "llama-gqa", seed: int = 0, encoder: str = "dinov2"
+) -> VisionLanguageModel:
     """A whole tiny model whose deltas are not zero."""
     torch.manual_seed(seed)
-    language, encoder = decoder(llm), VisionEncoder(vision(), model_config.vision)
+    language, images = decoder(llm), VisionEncoder(vision(encoder), model_config.vision)
     placement = place(language, model_config.generator) if model_config.connector.name == "vlora" else None
-    connector = build_connector(model_config, placement, encoder.num_patches, encoder.feature_width, 32)
+    connector = build_connector(model_config, placement, images.num_patches, images.feature_width, 32)
     if placement is not None:
         inject(language, placement)
         for factors in connector.generator.output_factors.values():
             torch.nn.init.normal_(factors.weight, std=0.3)
-    return VisionLanguageModel(encoder, connector, language, placement)
+    return VisionLanguageModel(images, connector, language, placement)
 
 
 def batch(

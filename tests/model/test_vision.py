@@ -1,10 +1,20 @@
 import pytest
 import torch
-from transformers import AutoModel, CLIPConfig, CLIPModel, CLIPVisionConfig, Dinov2Config, SiglipVisionConfig
+from transformers import (
+    AutoModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    DeiTConfig,
+    Dinov2Config,
+    Siglip2VisionConfig,
+    SiglipVisionConfig,
+)
 
 from model.config import VisionConfig
 from model.loading import ModelError, fingerprint, pretrained_config
 from model.vision import VisionEncoder, build_vision
+from tests.model import parts
 
 SIZES = {
     "hidden_size": 32,
@@ -82,3 +92,29 @@ def test_fingerprint_tells_weights_apart(tmp_path):
     second.save_pretrained(tmp_path / "c")
     prints = [fingerprint(str(tmp_path / n)) for n in "abc"]
     assert prints[0] == prints[1] != prints[2]
+
+
+@pytest.mark.parametrize("name", parts.ENCODERS)
+@pytest.mark.parametrize("size", [28, 42])
+def test_the_front_end_sees_the_number_of_tokens(name, size):
+    with torch.device("meta"):
+        VisionEncoder(AutoModel.from_config(parts.ENCODERS[name]), VisionConfig(layer=-1, image_size=size))
+
+
+def test_encoders_of_another_kind_are_refused_in_one_line():
+    with torch.device("meta"):
+        distilled = AutoModel.from_config(DeiTConfig(**SIZES))  # two tokens in front of the patches
+        with pytest.raises(ModelError, match="deit returns 18 tokens .* 17 were expected; supported are CLIP"):
+            VisionEncoder(distilled, VisionConfig(path="./deit", layer=-1))
+        naflex = AutoModel.from_config(Siglip2VisionConfig(num_hidden_layers=1))
+        with pytest.raises(ModelError, match=r"vision.path=./naflex: .* has no fixed image size"):
+            VisionEncoder(naflex, VisionConfig(path="./naflex", layer=-1))
+
+
+def test_the_pooling_head_of_siglip_is_left_out_and_changes_nothing():
+    whole = parts.vision("siglip")
+    pixels = torch.randn(2, 3, 28, 28)
+    expected = whole(pixel_values=pixels, output_hidden_states=True)
+    encoder = VisionEncoder(whole, VisionConfig(layer=-1, final_norm=True))
+    assert torch.equal(encoder(pixels), expected.last_hidden_state)
+    assert not [name for name, _ in encoder.named_parameters() if "head" in name]

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from data_prep.store.writer import write_split
+from tests.model import parts
 from tests.train import world
 from train import adapter
 from train.measure.tracking import read_metrics
@@ -138,6 +139,29 @@ def test_bf16_trains_both_stages_on_tiles(home, tmp_path):
             torch.float32
         }
     assert {t.dtype for t in load_file(second / "export/llm/model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_a_run_stopped_between_its_last_step_and_its_end_finishes(home, tmp_path):
+    """Its first forward is then an evaluation; of a SigLIP, whose pooling head nobody reads."""
+    vision = parts.vision("siglip")
+    vision.save_pretrained(tmp_path / "siglip")
+    shutil.copy(home / "vision" / "preprocessor_config.json", tmp_path / "siglip")
+    arguments = world.overrides(
+        home, tmp_path / "run", "stage.steps=2", f"vision.path={tmp_path}/siglip", "data.val=squares/val",
+        "tracking.num_samples=2",
+    )  # fmt: skip
+    assert (done := world.train(arguments)).returncode == 0, done.stderr
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    (tmp_path / "run" / "DONE").unlink()
+    shutil.rmtree(tmp_path / "run" / "export")
+    shutil.rmtree(tmp_path / "run" / "samples")
+    done = world.train(arguments)
+    assert done.returncode == 0 and "resumed at step 2" in done.stdout, done.stderr
+    assert same_tensors(tmp_path / "run/export/connector.safetensors", tmp_path / "whole/export/connector.safetensors")
+    table = "samples/step-000002.jsonl"
+    assert (tmp_path / "run" / table).read_text() == (tmp_path / "whole" / table).read_text()
+    validation = [[r["val_loss"] for r in read_metrics(tmp_path / n) if "val_loss" in r] for n in ("run", "whole")]
+    assert validation[0][-1] == validation[1][-1]
 
 
 def test_another_number_of_ranks_goes_on(home, pretrained, tmp_path):

@@ -108,6 +108,19 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
     return list(groups.values())
 
 
+def read_elsewhere(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of other modules that a module's forward reads.
+
+    ZeRO-3 has a parameter whole only in the forward of its owner. It learns of another reader by itself in a training
+    step only, and a run may begin with an evaluation, so every reader is made known when the engine is built.
+    """
+    if isinstance(module, SharedInput):
+        return module.parameters_read()
+    if isinstance(module, nn.MultiheadAttention):  # reads `out_proj.weight`, but never calls `out_proj`
+        return list(module.out_proj.parameters())
+    return []
+
+
 def build_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
     """The optimizer named in the configuration."""
     options = {"lr": optim.lr.connector, "betas": tuple(optim.betas), "eps": optim.eps}
@@ -173,10 +186,9 @@ class Engine:
         groups = parameter_groups(model, config.optim)
         factor = schedule(config.optim, total_steps)
         buffers = {name: buffer.clone() for name, buffer in model.connector.named_buffers()}
-        for module in model.llm.modules():
-            if isinstance(module, SharedInput):
-                for parameter in module.parameters_read():
-                    deepspeed.zero.register_external_parameter(module, parameter)
+        for module in model.modules():
+            for parameter in read_elsewhere(module):
+                deepspeed.zero.register_external_parameter(module, parameter)
         self._ds, self.optimizer, _, self.scheduler = deepspeed.initialize(
             model=model,
             model_parameters=[p for g in groups for p in g["params"]],

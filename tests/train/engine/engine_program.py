@@ -280,11 +280,51 @@ def nan_steps(results: dict) -> None:
     engine.deepspeed.destroy()
 
 
+ORDERS = [
+    *[(encoder, "vlora", 3) for encoder in parts.ENCODERS],
+    *[("dinov2", connector, 3) for connector in ("mlp", "qformer")],
+    *[("siglip", "qformer", stage) for stage in (0, 1, 2, 3)],
+]
+"""Encoder, connector, ZeRO stage."""
+
+
+def evaluation_first(results: dict) -> None:
+    """A model's first use may be any: answers, a validation loss, features, a step. All equal plain torch's."""
+    for encoder, connector, stage in ORDERS:
+        for first in ("answer", "loss", "features", "step") if encoder == "siglip" and stage == 3 else ("answer",):
+            reference = parts.build(parts.config(connector), encoder=encoder).eval()
+            model, config = copy.deepcopy(reference), configuration("pretrain")
+            config.engine.zero_stage = stage
+            freeze(model, config.stage)
+            engine = Engine(model, config, total_steps=10, accumulation=1)
+            batch = part(global_batch([0, 1, 2, 3], 0), 4 // WORLD * RANK, 4 // WORLD * (RANK + 1))
+            uses = {
+                "answer": lambda m, b=batch: m.generate(b, 3, 0, 2).float(),
+                "loss": lambda m, b=batch: m(b).loss_sum,
+                "features": lambda m, b=batch: m.condition(b).tokens if m.placement is None else m.encode(b.images),
+            }
+            worst_of = 0.0
+            for name in sorted(uses, key=lambda n, first=first: n != first):
+                if first == "step":
+                    continue
+                engine.model.eval()
+                with torch.no_grad():
+                    ours, theirs = uses[name](engine.model), uses[name](reference)
+                engine.model.train()
+                worst_of = max(worst_of, (ours - theirs).abs().max().item() / theirs.abs().max().clamp_min(1).item())
+            step(engine, global_batch([0, 1, 2, 3], 1))
+            engine.model.eval()
+            with torch.no_grad():
+                after = engine.forward(batch).loss_sum  # as a validation after the last step
+            results[f"order/{encoder}/{connector}/{stage}/{first}"] = worst_of if after.isfinite() else float("inf")
+            engine.deepspeed.destroy()
+
+
 def main() -> None:
     results: dict = {"world": WORLD}
     cases = (
         gradient_equality, trajectories, frozen_parts_stay, graph_start, graph_start_with_checkpointing,
-        stale_gradients, nan_steps,
+        stale_gradients, nan_steps, evaluation_first,
     )  # fmt: skip
     for case in cases:
         if sys.argv[1:] and case.__name__ not in sys.argv[1:]:  # named on the command line: only those
