@@ -28,7 +28,6 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, LlavaNextImageProcessor
 
 from data_prep.parts.tiny_llm import build_tokenizer
-from data_prep.store.images import open_image, to_rgb
 from data_prep.store.pixels import grids
 from data_prep.store.sample import Sample
 from data_prep.store.writer import write_split
@@ -86,7 +85,7 @@ def ours(pixels: PixelPreprocessor, files: list[bytes]) -> Tensor:
 def pillow(pixels: PixelPreprocessor, files: list[bytes]) -> None:
     """What ours asks of Pillow."""
     for data in files:
-        pixels.views(to_rgb(open_image(data)))
+        pixels.views(pixels.picture(data))
 
 
 def measure(folder: Path, count: int, repeats: int) -> list[dict[str, Any]]:

@@ -32,6 +32,8 @@ def main() -> int:
             f"{folder / split}: {state}: {manifest.samples} samples, {manifest.images} images "
             f"({manifest.unique_images} different), {manifest.dialogues} dialogues{dropped}"
         )
+        for note in report.to_look_at(manifest):
+            print(f"{folder / split}: note: {note}")
     for split, missing in result.waiting.items():
         print(f"{folder / split}: {missing} shards are left to other tasks")
     return 0

@@ -31,6 +31,14 @@ def write(folder: Path) -> Path:
     return folder / REPORT
 
 
+def to_look_at(manifest: Manifest) -> list[str]:
+    """What is no defect and may still surprise, a sentence each."""
+    found = []
+    if count := manifest.statistics.get("image alpha", {}).get("transparent"):
+        found.append(f"{count:,} images have transparent pixels, which show white (vision.transparent)")
+    return found
+
+
 def render(manifest: Manifest) -> str:
     """The report as Markdown."""
     dropped = sum(manifest.dropped.values())
@@ -53,6 +61,8 @@ def render(manifest: Manifest) -> str:
         marks = ", ".join(f"{share:.0%} below {_quantile(lengths, share):,}" for share in (0.5, 0.9, 0.99, 1.0))
         facts["tokens of a dialogue"] = marks
     lines = [f"# {manifest.dataset}/{manifest.split}", "", *_table(("", ""), facts.items())]
+    if notes := to_look_at(manifest):
+        lines += ["", "## To look at", "", *(f"- {note}" for note in notes)]
     lines += ["", f"![histograms]({PLOTS})", "", "## Sources", ""]
     lines += _table(("source", "samples"), ((name, f"{count:,}") for name, count in manifest.sources.items()))
     if manifest.dropped:

@@ -51,6 +51,8 @@ class VisionConfig:
             the encoder's mean colour, then resize) or `tiles` (any resolution: the image as `resize` makes it and the
             tiles of the grid that suits it best, each an image of the sample).
         max_tiles: Most tiles of an image in mode `tiles`, the whole image not counted.
+        transparent: What shows through transparent pixels: `white`, the `mean` colour of the encoder, or `drop`, the
+            colour stored under them (CLIP's processor).
         cache: Compute the frozen encoder's features once per image and read them from disk.
         architecture: As in `LLMConfig`.
     """
@@ -62,6 +64,7 @@ class VisionConfig:
     image_size: int | None = None
     image_mode: str = "crop"
     max_tiles: int = 4
+    transparent: str = "white"
     cache: bool = False
     architecture: dict[str, Any] | None = None
 

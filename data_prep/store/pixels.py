@@ -16,10 +16,14 @@ from torch import Tensor
 
 from common.files import digest
 from data_prep.store.errors import DataError
-from data_prep.store.images import open_image, to_rgb
+from data_prep.store.images import WHITE, open_image, to_rgb
 from model.config import VisionConfig
 
 MODES = ("resize", "crop", "pad", "tiles")
+TRANSPARENT = ("white", "mean", "drop")
+MAX_CANVAS = 64 << 20
+"""Pixels of the largest picture made on the way to a view. Long strips would need more (a file of a hundred bytes, some
+gigabytes): they are cut or scaled in another order than the processors have, which only rounds differently."""
 
 
 class ImageInput(ABC):
@@ -77,6 +81,8 @@ class PixelPreprocessor(ImageInput):
         resample: Pillow's filter number.
         rescale: Factor from bytes to the range of `mean`.
         max_tiles: Largest rows * columns of a grid.
+        transparent: What shows through transparent pixels: `white`, the `mean` colour of the encoder, or (`drop`) the
+            colour that is stored under them.
     """
 
     mode: str
@@ -87,6 +93,7 @@ class PixelPreprocessor(ImageInput):
     resample: int = 3
     rescale: float = 1 / 255
     max_tiles: int = 4
+    transparent: str = "white"
 
     @property
     def fingerprint(self) -> str:
@@ -110,7 +117,21 @@ class PixelPreprocessor(ImageInput):
         Raises:
             ImageError: the bytes are no sound image.
         """
-        return [np.asarray(view) for view in self.views(to_rgb(open_image(data)))]
+        return [np.asarray(view) for view in self.views(self.picture(data))]
+
+    def picture(self, data: bytes) -> Image.Image:
+        """One image file as it is shown to the model: upright, RGB, on the background of `transparent`.
+
+        Raises:
+            ImageError: the bytes are no sound image.
+        """
+        background = {"white": WHITE, "mean": self._mean_colour, "drop": None}[self.transparent]
+        return to_rgb(open_image(data), background)
+
+    @property
+    def _mean_colour(self) -> tuple[int, int, int]:
+        red, green, blue = (int(value * 255) for value in self.mean)
+        return red, green, blue
 
     def write(self, views: list[np.ndarray], out: Tensor) -> None:
         """Views that were read into `out` [n, 3, size, size], normalised."""
@@ -141,13 +162,18 @@ class PixelPreprocessor(ImageInput):
         width, height = image.size
         if width == height:
             return self._square(image)
+        if max(width, height) ** 2 > MAX_CANVAS:  # a strip: scaled first, then the margins
+            image = image.resize(fit(image.size, (self.size, self.size)), self.resample)
+            square = Image.new("RGB", (self.size, self.size), self._mean_colour)
+            square.paste(image, ((self.size - image.width) // 2, (self.size - image.height) // 2))
+            return square
         across = side = max(width, height)
         if width > height:
             # Pillow scales a square's columns before its rows, and the margins above and below are of one colour before
             # and after it: they can be added in between.
             across = self.size
             image = image.resize((across, height), self.resample)
-        square = Image.new("RGB", (across, side), tuple(int(m * 255) for m in self.mean))
+        square = Image.new("RGB", (across, side), self._mean_colour)
         square.paste(image, ((across - image.width) // 2, (side - height) // 2))
         return self._square(square)
 
@@ -157,6 +183,9 @@ class PixelPreprocessor(ImageInput):
         new = (self.shortest_edge, longer) if width <= height else (longer, self.shortest_edge)
         left, top = (new[0] - self.size) // 2, (new[1] - self.size) // 2
         ends = left * width / new[0], (left + self.size) * width / new[0]
+        if new[0] * new[1] > MAX_CANVAS:  # a strip: cut first, then scaled
+            rows = top * height / new[1], (top + self.size) * height / new[1]
+            return image.resize((self.size, self.size), self.resample, (ends[0], rows[0], ends[1], rows[1]))
         # Wide images are cut before all is scaled. Not upright ones, whose rows Pillow may scale before their columns:
         # the pixels would not be those of scaling all and then cutting.
         if width > height and new[1] == self.size and all(float(np.float32(end)) == end for end in ends):
@@ -232,6 +261,8 @@ def load_preprocessor(vision: VisionConfig) -> PixelPreprocessor:
     path, mode, size = vision.path, vision.image_mode, vision.image_size
     if mode not in MODES:
         raise DataError(f"vision.image_mode={mode}: no such mode; there are {', '.join(MODES)}")
+    if vision.transparent not in TRANSPARENT:
+        raise DataError(f"vision.transparent={vision.transparent}: choose one of {', '.join(TRANSPARENT)}")
     if vision.max_tiles < 2:
         raise DataError(f"vision.max_tiles={vision.max_tiles}: at least 2; one view per image is image_mode=pad")
     settings = _settings(path)
@@ -255,6 +286,7 @@ def load_preprocessor(vision: VisionConfig) -> PixelPreprocessor:
         resample=settings.get("resample", 3),
         rescale=settings.get("rescale_factor", 1 / 255),
         max_tiles=vision.max_tiles,
+        transparent=vision.transparent,
     )
 
 

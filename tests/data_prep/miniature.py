@@ -38,11 +38,12 @@ def png_bomb(side=50_000):
     return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", rows) + _chunk(b"IEND", b"")
 
 
-def text_bomb():
-    """A PNG whose compressed comment unpacks to 200 MB."""
+def text_bomb(after=False):
+    """A PNG whose compressed comment, before or after its pixels, unpacks to 200 MB."""
     whole = encoded(Image.new("RGB", (8, 8)), "png")
     comment = _chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(200 << 20), 9))
-    return whole[:33] + comment + whole[33:]
+    at = len(whole) - 12 if after else 33
+    return whole[:at] + comment + whole[at:]
 
 
 def _broken_png(data):

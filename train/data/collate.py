@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import torch
 
 from data_prep.store.errors import DataError
-from data_prep.store.images import ImageError
 from data_prep.store.pixels import ImageInput
 from data_prep.store.sample import Dialogue, Sample
 from data_prep.text.templates import Encoded, TextEncoder, TooLongError
@@ -97,8 +96,8 @@ def collate(pieces: list[Piece], image: ImageInput, pad_id: int, left: bool = Fa
         for data in piece.images:
             try:
                 found = image.read(data)
-            except (ImageError, DataError) as error:
-                raise DataError(f"{piece.where}: {error}") from error
+            except Exception as error:  # whatever a decoder raises, the sample is named
+                raise DataError(f"{piece.where}: {error or type(error).__name__}") from error
             views += found
             image_to_sample += [number] * len(found)
     return Batch(

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from common.files import digest
 from data_prep.store.errors import DataError
-from data_prep.store.images import ImageError
 from data_prep.store.pixels import ImageInput, PixelPreprocessor
 from data_prep.store.split import Split
 
@@ -204,8 +203,9 @@ def _batches(
                 left[at] = False
                 try:
                     images.append(pixels(data)[0])
-                except ImageError as error:
-                    raise DataError(f"{split.shard_of(number)}: sample {sample.id}: {error}") from error
+                except Exception as error:  # whatever a decoder raises, the sample is named
+                    where = f"{split.shard_of(number)}: sample {sample.id}"
+                    raise DataError(f"{where}: {error or type(error).__name__}") from error
                 positions.append(at)
                 if len(images) == batch_size:
                     yield np.array(positions), torch.stack(images)
