@@ -125,15 +125,18 @@ class ConnectorConfig:
 
 @dataclass
 class OpsConfig:
-    """The low-rank ops of a training run (docs/kernels.md); evaluation always takes `auto`.
+    """The low-rank ops of a run, in training and in evaluation (docs/kernels.md).
 
     Attributes:
         backend: `auto` (hybrid on CUDA, cpu elsewhere), `reference` (plain differentiable torch), `cpu` (plain torch,
             accumulating in place), `hybrid` (Triton around cuBLAS) or `fused` (Triton base GEMM where the tuner has
             measured it to pay, else as hybrid).
+        merge: What folds one image's weights into the LLM: `auto` (`cuda` where it has been built, else `triton`, on
+            the CPU `torch`), `cuda` (CUDA C++, bf16; `python -m model.ops.cuda.build`), `triton` or `torch`.
     """
 
     backend: str = "auto"
+    merge: str = "auto"
 
 
 @dataclass

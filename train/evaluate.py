@@ -28,6 +28,7 @@ from common.errors import run_cli
 from common.files import write_atomically
 from data_prep.store.split import Split
 from model.loading import fingerprint
+from model.ops import set_backend, set_merge
 from model.vlm import VisionLanguageModel, build_model
 from train import config as configuration
 from train.config import DTYPES, ConfigError, RunConfig
@@ -79,6 +80,9 @@ def load_model(config: RunConfig, run: Path, device: torch.device) -> VisionLang
     Raises:
         ValueError, UserError: no export, or base models other than the run's.
     """
+    if device.type == "cuda":  # a run of a GPU may be looked at on a CPU, where `auto` is the only sense
+        set_backend(config.ops.backend, device)
+        set_merge(config.ops.merge, device)
     identity = {"llm": fingerprint(config.llm.path), "vision": fingerprint(config.vision.path)}
     llm = exported_llm(run)
     dtype = DTYPES[config.engine.precision]

@@ -119,11 +119,20 @@ def check_inputs(report: Report, run_dir: Path) -> None:
 
 
 def warm_ops(report: Report, run_dir: Path) -> None:
-    """Build DeepSpeed's compiled optimizer now, once per node, where the run needs one."""
+    """Build what the run compiles now, once per node: the CUDA merge, DeepSpeed's optimizer."""
+    import torch
+
+    from model.ops import set_merge
     from train import config as configuration
 
+    config = configuration.load(run_dir / "config.yaml")
+    if config.ops.merge == "cuda":
+        try:
+            set_merge("cuda", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        except (ValueError, UserError) as error:
+            report.problems.append(str(error))
     builders = {"deepspeed_cpu_adam": "CPUAdamBuilder", "deepspeed_fused_adam": "FusedAdamBuilder"}
-    name = builders.get(configuration.load(run_dir / "config.yaml").optim.name)
+    name = builders.get(config.optim.name)
     if name is None:
         return
     import deepspeed.ops.op_builder as op_builder

@@ -61,8 +61,8 @@ def merged(
 ) -> Iterator[MergeReport]:
     """Inside the block the model's own weights hold one sample's deltas; after it they are bit-identical to before.
 
-    Every row inside the block is taken to be about that sample. Without gradients, and on whole weights (for a ZeRO-3
-    partition see `model.ops.merge_shard`). Costs a second copy of the merged matrices.
+    Every row inside the block is taken to be about that sample. Without gradients, and on whole weights (not under
+    ZeRO-3). Costs a second copy of the merged matrices.
 
     Args:
         llm: A model that `model.decoder.injection.inject` has prepared.

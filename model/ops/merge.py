@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from model.ops.backend import backend_for
+from model.ops.backend import merge_for
+from model.ops.cuda import merge as cuda_merge
 
 MERGEABLE = ("q", "k", "v", "o", "gate", "up", "down")
 """Types whose update is a change of one weight matrix."""
@@ -48,7 +49,7 @@ def merge_(placed: Iterable[Placed], scale: float) -> Merged:
     """Point every weight at `W + scale * (A B)ᵀ`; the pristine values stay in memory untouched.
 
     Accumulated in fp32 (fp64 for fp64 weights) and rounded once. Costs one extra copy of the merged matrices. The
-    factors do not become part of a graph. Under ZeRO-3 use `merge_shard` on each rank's flat partition instead.
+    factors do not become part of a graph. The weights must be whole: under ZeRO-3, export the model first.
 
     Args:
         placed: The projections; a weight may appear once.
@@ -76,23 +77,43 @@ def restore_(merged: Merged) -> None:
 
 @torch.no_grad()
 def merged_weights(pristine: Sequence[Tensor], placed: Sequence[Placed], scale: float) -> list[Tensor]:
-    """`W + scale * (A B)ᵀ` of every projection as new tensors; one kernel launch for all of them on CUDA.
+    """`W + scale * (A B)ᵀ` of every projection as new tensors, by what `set_merge` chose.
+
+    A kernel (`cuda`, `triton`) takes all matrices of one device, dtype and rank in one launch.
 
     `pristine`: the W to start from, [d_out, d_in] each, contiguous.
     """
-    one_launch = (
-        placed
-        and backend_for(pristine[0].device) in ("hybrid", "fused")
-        and len({(w.dtype, w.device, p.a.shape[1]) for w, p in zip(pristine, placed, strict=True)}) == 1
-        and pristine[0].dtype != torch.float64
-    )
-    if not one_launch:
-        return [merged_weight(w, p.a, p.b, scale) for w, p in zip(pristine, placed, strict=True)]
-    from model.ops.triton.merge import merge
+    totals: list[Tensor] = [torch.empty(0)] * len(placed)
+    groups: dict[tuple, list[int]] = {}
+    for i, (w, p) in enumerate(zip(pristine, placed, strict=True)):
+        groups.setdefault((w.device, w.dtype, p.a.shape[1]), []).append(i)
+    for (device, dtype, _), members in groups.items():
+        launch = _kernel(merge_for(device, dtype))
+        if launch is None:
+            for i in members:
+                totals[i] = merged_weight(pristine[i], placed[i].a, placed[i].b, scale)
+            continue
+        for i in members:
+            totals[i] = torch.empty_like(pristine[i])
+        launch(
+            [pristine[i] for i in members],
+            [totals[i] for i in members],
+            [placed[i].a for i in members],
+            [placed[i].b for i in members],
+            scale,
+        )
+    return totals
 
-    targets = [torch.empty_like(w) for w in pristine]
-    merge(pristine, targets, [p.a for p in placed], [p.b for p in placed], scale)
-    return targets
+
+def _kernel(name: str) -> Callable[..., None] | None:
+    """The launcher of a merge; None for torch. Imported only where it runs."""
+    if name == "cuda":
+        return cuda_merge.merge
+    if name == "triton":
+        from model.ops.triton.merge import merge
+
+        return merge
+    return None
 
 
 @dataclass(frozen=True)
@@ -131,38 +152,6 @@ def merged_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     wide = torch.promote_types(weight.dtype, torch.float32)
     total = torch.addmm(weight.to(wide), b.t().to(wide), a.t().to(wide), alpha=scale)
     return total.to(weight.dtype)
-
-
-def merge_shard(shard: Tensor, start: int, shape: Sequence[int], a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """The same merge on a piece of a weight: elements `[start, start + len(shard))` of `weight.view(-1)`.
-
-    Equal to the piece of the merged whole, so ZeRO-3 partitions merge in place of a gather.
-
-    Args:
-        shard: [n], any cut, also inside a row.
-        start: Flat index of its first element.
-        shape: (d_out, d_in) of the whole weight.
-        a: [d_in, r].
-        b: [r, d_out].
-        scale: Alpha / r.
-
-    Returns:
-        [n] in the dtype of `shard`.
-
-    Raises:
-        ValueError: the piece does not lie inside the weight.
-    """
-    d_out, d_in = shape
-    end = start + shard.numel()
-    if shard.dim() != 1 or start < 0 or end > d_out * d_in:
-        raise ValueError(f"shard {tuple(shard.shape)} at {start} does not lie inside a weight of shape {tuple(shape)}")
-    if start == end:
-        return shard.clone()
-    first, last = start // d_in, -(-end // d_in)
-    rows = shard.new_zeros((last - first) * d_in)
-    rows[start - first * d_in : end - first * d_in] = shard
-    whole = merged_weight(rows.view(-1, d_in), a, b[:, first:last], scale)
-    return whole.view(-1)[start - first * d_in : end - first * d_in].clone()
 
 
 def _check(placed: list[Placed]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from common.errors import UserError
 from model.config import ATTENTION, KERNELS, parse_types
 from model.decoder.norms import check_kernels, require_nvidia_apex
-from model.ops import BACKENDS
+from model.ops import BACKENDS, MERGES
 from train.config.schema import OPTIMIZERS, STAGES, RunConfig
 
 
@@ -47,6 +47,7 @@ def validate(config: RunConfig) -> None:
     one_of("connector.name", config.connector.name, ("vlora", "mlp", "qformer"))
     one_of("generator.init", generator.init, ("paper", "stable"))
     one_of("ops.backend", config.ops.backend, BACKENDS)
+    one_of("ops.merge", config.ops.merge, MERGES)
     one_of("engine.compile", engine.compile, (None, "inductor", "aot_eager"))
     one_of("engine.gradient_checkpointing", engine.gradient_checkpointing, (True, False, "auto"))
     check(engine.memory_gib is None or engine.memory_gib > 0, f"engine.memory_gib={engine.memory_gib}: must be above 0")

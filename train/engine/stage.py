@@ -19,7 +19,7 @@ from data_prep.store.pixels import ImageInput
 from model.connectors import FeatureNorm
 from model.generator.weights import base_norms
 from model.loading import fingerprint
-from model.ops import set_backend
+from model.ops import set_backend, set_merge
 from model.vision import build_vision
 from model.vlm import VisionLanguageModel, build_model
 from train.config import DTYPES, RunConfig, accumulation
@@ -63,6 +63,7 @@ def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: Stop
     micro_steps = accumulation(config, world)
     _seed(config)
     backend = set_backend(config.ops.backend, device)
+    set_merge(config.ops.merge, device)  # not used in training: a choice that cannot run is refused now
 
     tokenizer = AutoTokenizer.from_pretrained(config.llm.path)
     identity = {"llm": fingerprint(config.llm.path), "vision": fingerprint(config.vision.path)}

@@ -124,10 +124,11 @@ __global__ void __launch_bounds__(kWarps * 32) merge_kernel(const Matrices matri
 
 }  // namespace
 
-// Returns 0, a cudaError_t, or -1 for more than 64 matrices. `stream` is a cudaStream_t. Pointer arrays are host memory.
+// Returns 0, a cudaError_t, or -1 for more than 64 matrices. `stream` is a cudaStream_t of GPU `device`. Pointer arrays
+// are host memory.
 extern "C" int vlora_merge_bf16(const uint16_t* const* source, uint16_t* const* target, const uint16_t* const* a,
                                 const uint16_t* const* b, const int64_t* start, const int64_t* end, const int* d_in,
-                                int count, int r, float scale, void* stream) {
+                                int count, int r, float scale, int device, void* stream) {
   if (count < 0 || count > kMaxMatrices) return -1;
   Matrices matrices = {};
   unsigned blocks = 0;
@@ -141,10 +142,11 @@ extern "C" int vlora_merge_bf16(const uint16_t* const* source, uint16_t* const* 
   }
   if (blocks == 0) return 0;
 #ifdef __CUDACC__
+  if (const cudaError_t error = cudaSetDevice(device)) return static_cast<int>(error);
   merge_kernel<<<dim3(blocks, count), kWarps * 32, 0, static_cast<cudaStream_t>(stream)>>>(matrices, r, scale);
   return static_cast<int>(cudaGetLastError());
 #else
-  (void)stream;
+  (void)device, (void)stream;
   cuda_on_cpu::launch(blocks, count, kWarps * 32, [&] { merge_kernel(matrices, r, scale); });
   return 0;
 #endif

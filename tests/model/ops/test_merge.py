@@ -1,4 +1,4 @@
-"""Merging one sample into the weights: exact restoring, equal logits, shards, and the types that refuse."""
+"""Merging one sample into the weights: exact restoring, equal logits, and the types that refuse."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model.ops import MERGEABLE, Placed, lowrank_linear, merge_, merge_errors, merge_shard, restore_
-from model.ops.merge import merged_weight
+from model.ops import MERGEABLE, Placed, lowrank_linear, merge_, merge_errors, restore_
 
 SCALE = 0.25
 
@@ -67,23 +66,6 @@ def test_merged_output_equals_the_branch():
         restore_(merged)
 
 
-@pytest.mark.parametrize("world", [1, 3, 4, 7])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_shards_merge_without_gathering(world, dtype):
-    """ZeRO-3 cuts `weight.view(-1)` into equal pieces, the last one shorter; cuts fall inside rows."""
-    for p in placed(dtype):
-        flat = p.weight.detach().view(-1)
-        size = -(-flat.numel() // world)
-        parts = [
-            merge_shard(flat[i * size : (i + 1) * size], i * size, p.weight.shape, p.a, p.b, SCALE)
-            for i in range(world)
-        ]
-        whole = merged_weight(p.weight.detach(), p.a, p.b, SCALE).view(-1)
-        # The GEMM library may sum r in another order for another number of rows.
-        torch.testing.assert_close(torch.cat(parts), whole, rtol=torch.finfo(dtype).eps, atol=1e-6)
-    assert merge_shard(flat[:0], 5, p.weight.shape, p.a, p.b, SCALE).numel() == 0
-
-
 def test_rounding_loss_is_reported():
     """bf16 keeps about eight bits of W, so an update of relative size s is stored with error near 1.7e-3 / s."""
     for size in (0.1, 0.01):
@@ -109,5 +91,3 @@ def test_refusals():
         with pytest.raises(ValueError, match=message):
             merge_(bad, SCALE)
         assert torch.equal(q.weight, before)
-    with pytest.raises(ValueError, match="does not lie inside"):
-        merge_shard(before.view(-1)[:10], 48 * 48 - 5, (48, 48), q.a, q.b, SCALE)
