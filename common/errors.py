@@ -17,6 +17,10 @@ class UserError(Exception):
     """Something the user can put right: a configuration, a file, the environment."""
 
 
+class ConfigError(UserError):
+    """A key or value of a configuration is wrong."""
+
+
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run a command's `main` and exit with its code; see `report_errors`."""
     sys.exit(report_errors(main))

@@ -5,11 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from common.errors import ConfigError
+from common.settings import setting
+
 WEIGHT_TYPES = ("q", "k", "v", "o", "gate", "up", "down", "m")
 """Projections a delta can be added to; `m` is the released code's path parallel to the whole MLP."""
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
 KERNELS = ("auto", "transformers", "torch", "liger", "apex")
+IMAGE_MODES = ("crop", "resize", "pad", "tiles")
+TRANSPARENT = ("white", "mean", "drop")
+CONNECTORS = ("vlora", "mlp", "qformer")
+INITIALISATIONS = ("paper", "stable")
+BACKENDS = ("auto", "reference", "cpu", "hybrid", "fused")
+MERGES = ("auto", "cuda", "triton", "torch")
 
 
 @dataclass
@@ -29,10 +38,10 @@ class LLMConfig:
             tokens (one row with `flash_attention_2`), each seeing only itself; null: one padded row per dialogue.
     """
 
-    path: str = "???"
-    attn_implementation: str = "sdpa"
-    kernels: str = "auto"
-    pack_tokens: int | None = None
+    path: str = setting("???", path=True)
+    attn_implementation: str = setting("sdpa", choices=ATTENTION)
+    kernels: str = setting("auto", choices=KERNELS)
+    pack_tokens: int | None = setting(None, within="[1, 1048576]")
     architecture: dict[str, Any] | None = None
 
 
@@ -57,14 +66,14 @@ class VisionConfig:
         architecture: As in `LLMConfig`.
     """
 
-    path: str = "???"
-    layer: int = -2
+    path: str = setting("???", path=True)
+    layer: int = setting(-2, within="[-1000, -1]")
     final_norm: bool = False
     keep_cls: bool = False
-    image_size: int | None = None
-    image_mode: str = "crop"
-    max_tiles: int = 4
-    transparent: str = "white"
+    image_size: int | None = setting(None, within="[1, 8192]")
+    image_mode: str = setting("crop", choices=IMAGE_MODES)
+    max_tiles: int = setting(4, within="[2, 64]")
+    transparent: str = setting("white", choices=TRANSPARENT)
     cache: bool = False
     architecture: dict[str, Any] | None = None
 
@@ -81,25 +90,38 @@ class GeneratorConfig:
         rank: Rank r of every delta (paper Table 4).
         alpha: Deltas are scaled by alpha / rank; null: alpha = rank.
         types: Which projections get a delta (paper Table 3); a string of one-letter types or a list.
-        every: Place deltas in every n-th layer, never the first: layers n-1, 2n-1, ...
-        layers: The placed layers by 0-based index, in place of `every`.
+        every: Place deltas in every n-th layer: layers n-1, 2n-1, ... (0-based).
+        layers: The placed layers by 0-based index, in place of `every`; null: every n-th.
         shared: One stack of blocks for all types in place of one per type.
         image_norm: Standardise the queries' outputs over images, so that A cannot become the same for every image.
         init: `paper` (exactly as released) or `stable` (small queries, normalised keys, head scaled to its input).
     """
 
-    num_blocks: int = 8
-    width: int = 512
-    num_heads: int = 16
-    ffn_ratio: float = 4.0
-    rank: int = 64
-    alpha: float | None = None
+    num_blocks: int = setting(8, within="[1, 1000]")
+    width: int = setting(512, within="[1, 65536]")
+    num_heads: int = setting(16, within="[1, 1024]")
+    ffn_ratio: float = setting(4.0, within="(0, 64]")
+    rank: int = setting(64, within="[1, 65536]")
+    alpha: float | None = setting(None, within="(0, 1e6]")
     types: Any = "qkvom"
-    every: int | None = 4
-    layers: list[int] | None = None
+    every: int | None = setting(4, within="[1, 1000]")
+    layers: list[int] | None = setting(None, within="[0, 9999]")
     shared: bool = False
     image_norm: bool = False
-    init: str = "stable"
+    init: str = setting("stable", choices=INITIALISATIONS)
+
+    def check(self, prefix: str) -> None:
+        """The types, and a way to place the layers.
+
+        Raises:
+            ConfigError: an unknown type, or none of `every` and `layers`.
+        """
+        try:
+            parse_types(self.types)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if self.every is None and self.layers is None:
+            raise ConfigError(f"{prefix}every=null and {prefix}layers=null: give one of the two")
 
 
 @dataclass
@@ -116,11 +138,11 @@ class ConnectorConfig:
         num_heads: Heads of the `qformer`.
     """
 
-    name: str = "vlora"
+    name: str = setting("vlora", choices=CONNECTORS)
     normalize_features: bool | None = None
-    num_queries: int = 32
-    num_blocks: int = 2
-    num_heads: int = 8
+    num_queries: int = setting(32, within="[1, 65536]")
+    num_blocks: int = setting(2, within="[1, 1000]")
+    num_heads: int = setting(8, within="[1, 1024]")
 
 
 @dataclass
@@ -135,8 +157,8 @@ class OpsConfig:
             the CPU `torch`), `cuda` (CUDA C++, bf16; `python -m model.ops.cuda.build`), `triton` or `torch`.
     """
 
-    backend: str = "auto"
-    merge: str = "auto"
+    backend: str = setting("auto", choices=BACKENDS)
+    merge: str = setting("auto", choices=MERGES)
 
 
 @dataclass

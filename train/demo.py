@@ -159,6 +159,8 @@ def _connector(connector: str, arguments: argparse.Namespace, steps: Steps, out:
     runs = {stage: out / connector / stage for stage in ("pretrain", "finetune")}
     for stage, run in runs.items():
         init = [] if stage == "pretrain" else [f"init_from={runs['pretrain']}"]
+        if stage == "finetune" and arguments.llm != "tiny":  # the LLM's gradients are most of what crosses the ranks
+            init.append("engine.reduce_dtype=bf16")
         steps.run(f"{stage} {connector}", "train", f"stage={stage}", f"run_dir={run}", *init, *common)
     evaluation = {}
     # Half as many questions tell whether the control falls to the floor.

@@ -77,33 +77,24 @@ def decoder_layers(llm: nn.Module) -> nn.ModuleList:
 def placed_layers(config: GeneratorConfig, num_layers: int) -> tuple[int, ...]:
     """The 0-based layers that get deltas.
 
-    `every: n` places layers n-1, 2n-1, ... as the released code does ((l + 1) % n == 0) and asks that n divides the
-    depth, because otherwise the last layers would be left without a word.
+    `every: n` places layers n-1, 2n-1, ... as the released code does ((l + 1) % n == 0); where n does not divide the
+    depth, the layers above the last of them get none.
 
     Raises:
-        ValueError: both or neither of `every` and `layers`, a layer out of range, or an `every` that does not divide.
+        ValueError: neither of `every` and `layers`, a layer out of range, or fewer layers than `every`.
     """
     if config.layers is not None:
         layers = tuple(config.layers)
-        if config.every is not None:
-            raise ValueError(
-                f"generator.layers={list(layers)} and generator.every={config.every} are both given; "
-                "set generator.every=null to place layers by hand"
-            )
         if not layers or sorted(set(layers)) != list(layers) or layers[0] < 0 or layers[-1] >= num_layers:
             raise ValueError(
-                f"generator.layers={list(layers)}: give ascending, distinct indices from 0 to {num_layers - 1}"
+                f"generator.layers={list(layers)}: give ascending, distinct indices from 0 to {num_layers - 1}, the "
+                "layers of this LLM; or every n-th of them: generator.layers=null generator.every=4"
             )
         return layers
-    if config.every is None or config.every < 1:
+    if config.every is None or not 1 <= config.every <= num_layers:
         raise ValueError(
-            "generator.every: give a whole number of 1 or more, or place layers with generator.layers=[..]"
-        )
-    if num_layers % config.every:
-        fitting = list(range(config.every - 1, num_layers, config.every))
-        raise ValueError(
-            f"generator.every={config.every} does not divide the {num_layers} layers of the LLM; place them by hand: "
-            f"generator.every=null generator.layers={fitting}".replace(" ]", "]")
+            f"generator.every={config.every}: give a number from 1 to {num_layers}, the layers of the LLM, or place "
+            "them by hand: generator.every=null generator.layers=[..]"
         )
     return tuple(range(config.every - 1, num_layers, config.every))
 

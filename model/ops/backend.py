@@ -7,10 +7,8 @@ from importlib.util import find_spec
 
 import torch
 
+from model.config import BACKENDS, MERGES
 from model.ops.cuda import build
-
-BACKENDS = ("auto", "reference", "cpu", "hybrid", "fused")
-MERGES = ("auto", "cuda", "triton", "torch")
 
 _chosen = "auto"
 _chosen_merge = "auto"

@@ -136,7 +136,7 @@ def site(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Site:
         f"export VLORA_LOGS={folder} VLORA_PREFLIGHT=${{VLORA_PREFLIGHT:-0}} VLORA_GRACE_SECONDS=60\n"
     )
     overrides = [
-        *("llm=tiny", f"llm.path={tiny}", f"vision.path={vision}", "recipe=smollm2_135m_pretrain"),
+        *("llm=tiny", f"llm.path={tiny}", f"vision.path={vision}", "recipe=smollm2_135m/pretrain"),
         *("generator.layers=null", "generator.every=1", "generator.width=64", "generator.num_heads=4"),
         *("data.batch_size=8", f"data.train=[{{path:{data},weight:1.0}}]", "data.val=null", "data.test=null"),
         *(

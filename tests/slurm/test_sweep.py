@@ -131,7 +131,7 @@ def test_a_failed_link_stops_the_chain(site: Site, tmp_path: Path) -> None:
     data = [f"--prepare-sbatch={o}" for o in ("array=0-0", "cpus-per-task=1", "mem=1G", f"output={tmp_path}/%x.log")]
     overrides = [o for o in site.overrides if not o.startswith("recipe")]
     shape = ["--source", "easy_vqa", "--nodes", "2", "--tasks-per-node", "1"]
-    recipe = ["recipe=smollm2_135m_pretrain"]
+    recipe = ["recipe=smollm2_135m/pretrain"]
     done = train(other, "train.chain", str(folder), *shape, *small, *data, *overrides, *recipe)
     assert done.returncode == 0, done.stderr
     jobs = json.loads((folder / "chain.json").read_text())

@@ -6,15 +6,11 @@ import difflib
 import importlib.util
 from typing import Any
 
-from common.errors import UserError
+from common.errors import ConfigError
 from model.config import ATTENTION, KERNELS, parse_types
 from model.decoder.norms import check_kernels, require_nvidia_apex
 from model.ops import BACKENDS, MERGES
 from train.config.schema import OPTIMIZERS, STAGES, RunConfig
-
-
-class ConfigError(UserError):
-    """A key or value of the configuration is wrong."""
 
 
 def validate(config: RunConfig) -> None:

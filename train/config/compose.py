@@ -15,11 +15,14 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from common import settings
+from train.config import presets
 from train.config.check import ConfigError, validate
 from train.config.schema import RunConfig
 
 # The schema is the first entry of conf/config.yaml's defaults, so every key can be set on the command line, typed.
 ConfigStore.instance().store("schema", node=RunConfig)
+presets.register()
 
 
 def resolve(composed: DictConfig) -> RunConfig:
@@ -36,6 +39,7 @@ def resolve(composed: DictConfig) -> RunConfig:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise explain(error) from error
+    settings.check(config)
     validate(config)
     return config
 

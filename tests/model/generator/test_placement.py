@@ -9,9 +9,14 @@ def test_released_placement_of_a_32_layer_llm():
     assert placed_layers(GeneratorConfig(), 32) == (3, 7, 11, 15, 19, 23, 27, 31)
 
 
-def test_depth_not_divisible_is_an_error_that_offers_the_explicit_form():
-    with pytest.raises(ValueError, match=r"not divide the 30 layers.*layers=\[3, 7, 11, 15, 19, 23, 27\]"):
-        placed_layers(GeneratorConfig(), 30)
+def test_every_nth_layer_of_a_depth_that_it_does_not_divide():
+    assert placed_layers(GeneratorConfig(), 30) == (3, 7, 11, 15, 19, 23, 27)
+
+
+@pytest.mark.parametrize("every", [None, 0, 31])
+def test_no_layer_to_place_is_refused(every):
+    with pytest.raises(ValueError, match=r"generator\.every=.*from 1 to 30"):
+        placed_layers(GeneratorConfig(every=every), 30)
 
 
 @pytest.mark.parametrize("layers", [[], [3, 1], [1, 1], [0, 4], [-1]])
@@ -20,9 +25,8 @@ def test_explicit_layers_must_be_ascending_and_in_range(layers):
         placed_layers(GeneratorConfig(every=None, layers=layers), 4)
 
 
-def test_every_and_layers_together_are_refused():
-    with pytest.raises(ValueError, match="both given"):
-        placed_layers(GeneratorConfig(every=2, layers=[1]), 4)
+def test_layers_stand_in_place_of_every():
+    assert placed_layers(GeneratorConfig(every=2, layers=[1]), 4) == (1,)
 
 
 def test_widths_come_from_the_llm_itself():
