@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: venv demo compare kernels sweep test test-slurm lint clean
+.PHONY: venv demo compare kernels sweep test test-slurm check clean
 
 venv: $(VENV)/.installed          ## the environment alone
 
@@ -43,12 +43,13 @@ sweep: $(VENV)/.installed         ## a 2 x 2 sweep over rank and blocks with the
 		hydra.sweep.dir=outputs/sweep
 	$(BIN)/python -m train.sweep_report outputs/sweep
 
-lint: $(VENV)/.installed
+check: $(VENV)/.installed         ## lint, format and types: what must pass before a commit
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 
 clean:                            ## remove the environment, caches and outputs
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache outputs multirun
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache outputs multirun
 
 # torch first: DeepSpeed's build looks for it.
 $(VENV)/.installed: requirements.txt

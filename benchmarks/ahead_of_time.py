@@ -22,7 +22,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -93,11 +95,11 @@ def launches(samples: int = 96, length: int = 64, d: int = 4096, r: int = 64) ->
         return torch.empty(shape, dtype=dtype, device="meta")
 
     index = [meta(n, dtype=torch.int32) for n in (samples + 1, samples, samples, samples + 1)]
-    segments = Segments(*index, per_sample=length, max_len=length, n_tokens=tokens)
+    segments = Segments.of(index, length, length, tokens)
     x, w, b = meta(tokens, d), meta(d, d), meta(r, d)
     a = list(meta(samples, 8, d, r).unbind(1))[:3]  # strided, as split_perceptual hands them out
     z = meta(3, tokens, r)
-    fused = {
+    fused: dict[str, dict[str, Any]] = {
         "128x128x32": {},
         "128x256x32": {"BLOCK_N": 256, "num_warps": 8},
     }
@@ -110,9 +112,9 @@ def launches(samples: int = 96, length: int = 64, d: int = 4096, r: int = 64) ->
         "factor_grad o": lambda: factor_grad.factor_grad(x, z[:1], segments),
     }
     for name, tile in fused.items():
-        found[f"gemm_lowrank forward {name}"] = lambda tile=tile: gemm.gemm_lowrank(x, w, z[0], b, **tile)
-        found[f"gemm_lowrank dx {name}"] = lambda tile=tile: gemm.gemm_lowrank(
-            x, w.t(), z[0], a[0].transpose(1, 2), segments, **tile
+        found[f"gemm_lowrank forward {name}"] = partial(gemm.gemm_lowrank, x, w, z[0], b, **tile)
+        found[f"gemm_lowrank dx {name}"] = partial(
+            gemm.gemm_lowrank, x, w.t(), z[0], a[0].transpose(1, 2), segments, **tile
         )
     matrices = [meta(d, d) for _ in range(32)]
     found["merge 32 matrices"] = lambda: merge.merge(matrices, matrices, [meta(d, r)] * 32, [b] * 32, 0.5)
@@ -129,9 +131,9 @@ def resources(kernel: CompiledKernel, capability: int) -> dict[str, int]:
         cubin.write_bytes(kernel.asm["cubin"])
         ptx.write_text(kernel.asm["ptx"])
         sass = _tool("nvdisasm", "-c", cubin)
-        report = _assemble(ptx, re.search(r"\.target (sm_\w+)", kernel.asm["ptx"])[1])
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    registers = int(re.search(r"Used (\d+) registers", report)[1])
+        report = _assemble(ptx, _match(r"\.target (sm_\w+)", kernel.asm["ptx"])[1])
+    spills = _match(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    registers = int(_match(r"Used (\d+) registers", report)[1])
     opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)", sass, re.MULTILINE))
 
     def count(pattern: str) -> int:
@@ -168,6 +170,13 @@ def table(targets: tuple[int, ...] = TARGETS) -> dict[str, dict[str, dict[str, i
     return found
 
 
+def _match(pattern: str, text: str) -> re.Match[str]:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"no {pattern!r} in the tool's output: {text[:400]}")
+    return found
+
+
 def _tool(name: str, *args: object) -> str:
     return subprocess.run([TOOLS / name, *map(str, args)], capture_output=True, text=True, check=True).stdout
 
@@ -175,7 +184,7 @@ def _tool(name: str, *args: object) -> str:
 def _assemble(ptx: Path, arch: str) -> str:
     """The report of whichever bundled assembler knows this PTX version (newer PTX needs the Blackwell one)."""
     for name in ("ptxas", "ptxas-blackwell"):
-        command = [TOOLS / name, "-v", f"-arch={arch}", "-o", os.devnull, ptx]
+        command = [str(TOOLS / name), "-v", f"-arch={arch}", "-o", os.devnull, str(ptx)]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode == 0:
             return result.stderr + result.stdout

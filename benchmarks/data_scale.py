@@ -67,7 +67,7 @@ class Watch:
                     key = f"{kind}_{name}_mb"
                     self.peaks[key] = max(self.peaks.get(key, 0), value >> 20)
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stop.set()
         self._thread.join()
 
@@ -151,7 +151,7 @@ def iterate(out: Path, tokenizer: str, steps: int, batch_size: int, workers: int
     import torch
     from transformers import AutoTokenizer
 
-    from train.data import loader  # noqa: F401
+    import train.data.loader  # noqa: F401
 
     torch.set_num_threads(1)
     AutoTokenizer.from_pretrained(tokenizer)  # loads more of the libraries
@@ -161,9 +161,9 @@ def iterate(out: Path, tokenizer: str, steps: int, batch_size: int, workers: int
         start = time.process_time()
         go_through(loader)
         order_s = time.process_time() - start
-        start = time.process_time(), time.perf_counter()
+        on_cpu, on_wall = time.process_time(), time.perf_counter()
         rows = sum(len(batch.input_ids) for _ in range(steps) for batch in next(loader))
-        loader_s = time.perf_counter() - start[1] if workers else time.process_time() - start[0]
+        loader_s = time.perf_counter() - on_wall if workers else time.process_time() - on_cpu
     return {
         "order_samples_per_cpu_s": round(loader.epoch_size / order_s),
         "loader_samples_per_s" if workers else "loader_samples_per_cpu_s": round(rows / loader_s),
@@ -232,7 +232,7 @@ def resume(out: Path, tokenizer: str, batch_size: int, group_by: str, steps: int
     Raises:
         AssertionError: what is loaded differs from an undisturbed run.
     """
-    options = {"batch_size": batch_size, "group_by": group_by, "group_window": 8}
+    options: dict[str, Any] = {"batch_size": batch_size, "group_by": group_by, "group_window": 8}
     one = make_loader(out, tokenizer, **options)
     start = {"step": one.epoch_size // batch_size - steps // 2}
     expected = list(load_steps(out, tokenizer, start, steps, 2, **options))

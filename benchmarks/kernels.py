@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,7 +114,7 @@ def kernels(
     ]  # fmt: skip
 
 
-def predict(samples: int, length: int, **shape: int) -> dict[str, dict]:
+def predict(samples: int, length: int, **shape: Any) -> dict[str, dict]:
     """Ratios first: low-rank roofline time over that of the same base linears; then every kernel's arithmetic."""
     rows = kernels(samples, length, **shape)
     total = {phase: sum(k.roofline() for k in rows if k.phase == phase) for phase in {k.phase for k in rows}}
@@ -126,7 +127,7 @@ def predict(samples: int, length: int, **shape: int) -> dict[str, dict]:
     }
 
 
-def measure(samples: int, length: int, bench: Callable[[Callable], float], **shape) -> dict[str, dict]:
+def measure(samples: int, length: int, bench: Callable[[Callable], float], **shape: Any) -> dict[str, dict]:
     """What every kernel reaches on this GPU, against its own copy bandwidth and cuBLAS rate.
 
     Args:

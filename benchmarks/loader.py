@@ -15,6 +15,7 @@ import argparse
 import io
 import json
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -95,7 +96,7 @@ def measure(folder: Path, count: int, repeats: int) -> list[dict[str, Any]]:
     clip.save_pretrained(folder)
     pinpoints = [[SIZE * rows, SIZE * columns] for columns, rows in grids(VisionConfig.max_tiles)]
     tiles = LlavaNextImageProcessor(**edge, image_grid_pinpoints=pinpoints)
-    loops = {
+    loops: dict[str, Callable[[list[bytes]], Tensor]] = {
         "crop": lambda files: plain_loop(clip, files),
         "resize": lambda files: plain_loop(clip, files, size={"height": SIZE, "width": SIZE}, do_center_crop=False),
         "pad": lambda files: padded(clip, files),
@@ -109,7 +110,7 @@ def measure(folder: Path, count: int, repeats: int) -> list[dict[str, Any]]:
             torch.testing.assert_close(ours(pixels, files), loop(files), atol=1e-5, rtol=0)
 
             taken: dict[str, list[float]] = {"plain": [], "ours": [], "pillow": []}
-            runs = (loop, partial(ours, pixels), partial(pillow, pixels))
+            runs: tuple[Callable[[list[bytes]], object], ...] = (loop, partial(ours, pixels), partial(pillow, pixels))
             for _ in range(repeats):
                 for name, run in zip(taken, runs, strict=True):
                     started = time.process_time()

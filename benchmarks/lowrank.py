@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,7 @@ def interleaved(variants: dict[str, Callable[[], object]], turns: int) -> dict[s
     return taken
 
 
-def ratios(taken: dict[str, list[float]], form: str = "ours") -> dict[str, float | dict[str, float]]:
+def ratios(taken: dict[str, list[float]], form: str = "ours") -> dict[str, Any]:
     """Ratios first: overhead over no low-rank term, and low-rank time of the einsum form over ours."""
     plain, ours, einsum = (taken[name] for name in ("plain", form, "einsum and index"))
 
@@ -130,7 +131,7 @@ def whole_llm(folder: Path, n_layers: int | None, rows: int, length: int, turns:
     leaves = [x, whole, *generated.values(), *b.values()]
 
     def weights() -> PerceptualWeights:
-        a = {}
+        a: dict[Site, Tensor] = {}
         for t in TYPES:
             a |= zip(placement.of_type(t), split_perceptual(generated[t]), strict=True)
         return PerceptualWeights(placement, a, b, 1.0)
@@ -144,7 +145,7 @@ def whole_llm(folder: Path, n_layers: int | None, rows: int, length: int, turns:
         hidden.backward(seed)
 
     forms = ("plain", "einsum and index", "ours")
-    taken = interleaved({form: (lambda form=form: step(form)) for form in forms}, turns)
+    taken = interleaved({form: functools.partial(step, form) for form in forms}, turns)
     return {f"{folder.name}, {len(llm.model.layers)} layers, {rows} x {length}": ratios(taken)}
 
 
@@ -188,7 +189,7 @@ def one_projection(samples: int, length: int, d_in: int, d_out: tuple[int, ...],
     forms = ["plain", "einsum and index", "ours", *["ours, one by one"] * (len(d_out) > 1)]
     found = {}
     for name, backward in (("forward", False), ("forward + backward", True)):
-        taken = interleaved({f: (lambda f=f, backward=backward: step(f, backward)) for f in forms}, turns)
+        taken = interleaved({f: functools.partial(step, f, backward) for f in forms}, turns)
         found[name] = ratios(taken)
         if len(d_out) > 1:
             found[f"{name}, one by one"] = ratios(taken, "ours, one by one")
@@ -265,8 +266,8 @@ def main() -> None:
                 "SmolLM2 q,k,v, 32 x 48": (32, 48, 576, (576, 192, 192), 7),
                 "7B q, 4 x 64": (4, 64, 4096, (4096,), 2),
             }
-            for name, shape in shapes.items():
-                for phase, row in one_projection(*shape, args.turns).items():
+            for name, sizes in shapes.items():
+                for phase, row in one_projection(*sizes, args.turns).items():
                     found[f"{name}, {phase}"] = row
         device = torch.device("cpu" if on_cpu else "cuda")
         where = f"{device}, backend {backend_for(device)}" + (", 1 thread, CPU seconds" if on_cpu else "")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,14 +61,14 @@ _MOVES_NOTHING = {
 }
 
 
-def _open_up(func, args) -> list[Tensor]:
-    forward = func is torch.ops.vlora.lowrank_linear.default
-    *head, segments, per_sample, max_len, scale = args[:9] if forward else args[:10]
-    x = head[0] if forward else head[1]
-    segments = Segments(*segments, per_sample, max_len, x.shape[0])
-    if forward:
-        return op.forward(cpu, *head, scale, segments)
-    return op.backward(cpu, *head, scale, segments, *args[10:15])
+def _open_up(func: Any, args: tuple) -> list[Tensor]:
+    if func is torch.ops.vlora.lowrank_linear.default:
+        x, weights, biases, a, b, tensors, per_sample, max_len, scale = args
+        segments = Segments.of(tensors, per_sample, max_len, x.shape[0])
+        return op.forward(cpu, x, weights, biases, a, b, scale, segments)
+    dy, x, weights, a, b, z, tensors, per_sample, max_len, scale, *needs = args
+    segments = Segments.of(tensors, per_sample, max_len, x.shape[0])
+    return op.backward(cpu, dy, x, weights, a, b, z, scale, segments, *needs)
 
 
 def backward_traffic(term: Callable[[], Tensor]) -> Traffic:

@@ -27,10 +27,10 @@ def main() -> int:
     for split, manifest in result.manifests.items():
         state = "made" if split in result.made else "up to date"
         dropped = sum(manifest.dropped.values())
-        dropped = f", {dropped} dropped (why: {report.REPORT} there)" if dropped else ""
+        left_out = f", {dropped} dropped (why: {report.REPORT} there)" if dropped else ""
         print(
             f"{folder / split}: {state}: {manifest.samples} samples, {manifest.images} images "
-            f"({manifest.unique_images} different), {manifest.dialogues} dialogues{dropped}"
+            f"({manifest.unique_images} different), {manifest.dialogues} dialogues{left_out}"
         )
         for note in report.to_look_at(manifest):
             print(f"{folder / split}: note: {note}")

@@ -6,7 +6,7 @@ import difflib
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
@@ -67,7 +67,7 @@ class PrepareConfig:
             if isinstance(values.get(key), int) and values[key] < 1:
                 raise DataError(f"source.{key}={values[key]}: at least 1")
         try:
-            return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
+            return cast(Source, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values)))
         except OmegaConfBaseException as error:
             raise _explain(error, [f"source.{f.name}" for f in fields(kind)], "source.") from error
 
@@ -97,9 +97,9 @@ def load(overrides: list[str]) -> PrepareConfig:
             composed.name = composed.name or chosen[0]
             merged = OmegaConf.merge(OmegaConf.structured(PrepareConfig), composed)
             OmegaConf.resolve(merged)
-            return OmegaConf.to_object(merged)
+            return cast(PrepareConfig, OmegaConf.to_object(merged))
         except (HydraException, OmegaConfBaseException) as error:
-            raise _explain(error, _keys(OmegaConf.to_container(plain, resolve=False))) from error
+            raise _explain(error, _keys(cast(dict[str, Any], OmegaConf.to_container(plain, resolve=False)))) from error
 
 
 def _explain(error: Exception, known: list[str], prefix: str = "") -> DataError:

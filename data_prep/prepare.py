@@ -171,9 +171,9 @@ def prepare(
             result.manifests[split] = read_manifest(folder / split)
             _check_drops(result.manifests[split], options)
             continue
-        shards = [read_receipt(folder / split, number) for number in range(len(listed))]
-        missing = sum(shard is None or shard.made_from != key for shard in shards)
-        if missing:
+        found = [read_receipt(folder / split, number) for number in range(len(listed))]
+        shards = [shard for shard in found if shard is not None and shard.made_from == key]
+        if missing := len(listed) - len(shards):
             result.waiting[split] = missing
             continue
         manifest = build_manifest(folder / split, shards, folder.name, split, made_from)
@@ -211,10 +211,12 @@ def make_shard(source: Source, folder: Path, options: Options, key: str, job: tu
                 verifier.count(item.name, item.value, item.number)
                 continue
             dropped = item if isinstance(item, Dropped) else verifier.check(item)
-            if dropped is None:
+            if isinstance(item, Sample) and dropped is None:
                 if options.shrink is not None:
-                    _shrink(item, options, verifier)
+                    _shrink(item, options.shrink, options.jpeg_quality, verifier)
                 writer.add(item)
+            elif dropped is None:
+                raise TypeError(f"{type(source).__name__}.read gave a {type(item).__name__}")
             elif options.on_error == "drop":
                 writer.drop(dropped)
             else:
@@ -275,12 +277,12 @@ def _check_drops(manifest: Manifest, options: Options) -> None:
         )
 
 
-def _shrink(sample: Sample, options: Options, verifier: Verifier) -> None:
+def _shrink(sample: Sample, side: int, quality: int, verifier: Verifier) -> None:
     for number, data in enumerate(sample.images):
-        smaller = shrink(data, options.shrink, options.jpeg_quality)
+        smaller = shrink(data, side, quality)
         if smaller is not data:
             sample.images[number] = smaller
-            verifier.count("images made smaller", f"shorter side {options.shrink}")
+            verifier.count("images made smaller", f"shorter side {side}")
 
 
 def _token_counter(options: Options) -> Callable[[Dialogue], tuple[int, int]] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 from common.files import write_atomically
@@ -75,14 +76,14 @@ def render(manifest: Manifest) -> str:
 
 
 def _reasons(manifest: Manifest) -> list[tuple[str, str, str]]:
-    first = {}
+    first: dict[str, str] = {}
     for example in manifest.dropped_examples:
         first.setdefault(example["reason"], f"`{example['id']}` {example['detail']}".strip())
     by_count = sorted(manifest.dropped.items(), key=lambda item: -item[1])
     return [(reason, f"{count:,}", first.get(reason, "")) for reason, count in by_count]
 
 
-def _table(head: tuple[str, ...], rows) -> list[str]:
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
     """A Markdown table; what the data say is escaped, since it may be anything."""
     cells = [[_escape(cell) for cell in row] for row in rows]
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *cells)]

@@ -58,6 +58,10 @@ def is_text(text: str) -> bool:
     return True
 
 
+TokenCounter = Callable[[Dialogue], tuple[int, int]]
+"""Tokens of a dialogue, template included, and how many of them are supervised."""
+
+
 @dataclass
 class Verifier:
     """Checks samples and counts what it saw.
@@ -73,7 +77,7 @@ class Verifier:
 
     max_pixels: int = MAX_PIXELS
     min_side: int = 2
-    tokens: Callable[[Dialogue], tuple[int, int]] | None = None
+    tokens: TokenCounter | None = None
     max_length: int | None = None
     statistics: dict[str, Counter] = field(default_factory=lambda: defaultdict(Counter))
 
@@ -103,7 +107,7 @@ class Verifier:
             for dialogue in sample.conversations:
                 seen.append(("dialogue characters", bucket(sum(len(turn["content"]) for turn in dialogue)), 1))
                 if self.tokens is not None:
-                    seen += self._count_tokens(dialogue)
+                    seen += self._count_tokens(self.tokens, dialogue)
         except Defect as error:
             return Dropped(sample.id, error.reason, error.detail)
         seen.append(("images per sample", f"{len(sample.images):04d}", 1))
@@ -112,9 +116,9 @@ class Verifier:
             self.count(*each)
         return None
 
-    def _count_tokens(self, dialogue: Dialogue) -> list[tuple[str, str, int]]:
+    def _count_tokens(self, tokens: TokenCounter, dialogue: Dialogue) -> list[tuple[str, str, int]]:
         try:
-            length, supervised = self.tokens(dialogue)
+            length, supervised = tokens(dialogue)
         except DataError as error:
             raise Defect("template cannot render it", str(error)) from error
         if self.max_length is not None and length > self.max_length:

@@ -46,7 +46,7 @@ class Batch:
     image_to_sample: Tensor
     image_weight: Tensor
     n_samples: int
-    rows: Rows | None = None
+    rows: Rows = None  # type: ignore[assignment]  # never None: worked out below where it is not given
 
     def __post_init__(self) -> None:
         if self.rows is None:

@@ -184,6 +184,8 @@ def build_connector(
     tokens = visual_tokens(config, num_patches)
     match config.connector.name:
         case "vlora":
+            if placement is None:
+                raise ValueError("connector.name=vlora needs a placement")
             return VLoRAConnector(config, placement, num_patches, feature_width)
         case "mlp":
             return TokenConnector(config, feature_width, MLPProjector(feature_width, hidden_size), tokens)

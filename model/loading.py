@@ -57,7 +57,7 @@ def pretrained_config(
 
 
 def load_pretrained(
-    auto_class: type,
+    auto_class: Any,
     what: str,
     path: str,
     architecture: dict[str, Any] | None,

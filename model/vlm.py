@@ -66,7 +66,10 @@ class VisionLanguageModel(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Pixels [I, 3, H, W] -> features [I, P, V]; cached features pass through."""
-        return self.vision(images) if images.dim() == 4 else images
+        if images.dim() != 4:
+            return images
+        assert self.vision is not None, "pixels for a model whose features are cached"
+        return self.vision(images)
 
     def condition(self, batch: Batch) -> Conditioning:
         """Encode the batch's images and run the connector."""
@@ -157,9 +160,9 @@ class VisionLanguageModel(nn.Module):
     def _llm_inputs(self, batch: Batch, conditioning: Conditioning | None) -> tuple[dict, int]:
         """Keywords of the decoder's forward, and how many positions stand in front of the text."""
         mask = batch.attention_mask
-        if conditioning is None or conditioning.tokens is None:
+        if conditioning is None or conditioning.tokens is None or conditioning.token_mask is None:
             inputs = {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": _positions(mask)}
-            if conditioning is not None:
+            if conditioning is not None and conditioning.weights is not None:
                 inputs["perceptual_weights"] = conditioning.weights.for_rows(batch.rows)
             return inputs, 0
         tokens = conditioning.tokens[batch.row_to_sample]
@@ -197,8 +200,7 @@ def build_model(
         ValueError: anything in `config` that does not fit the parts (a `ModelError` where it concerns a path).
     """
     llm = build_llm(config.llm if llm_path is None else replace(config.llm, path=llm_path), dtype, meta)
-    encoder = build_vision(config.vision, dtype, meta) if vision is None else None
-    sizes = vision or encoder
+    sizes = build_vision(config.vision, dtype, meta) if vision is None else vision
     placement = place(llm, config.generator) if config.connector.name == "vlora" else None
     hidden_size = llm.config.get_text_config().hidden_size
     with torch.device("meta" if meta else "cpu"):
@@ -207,7 +209,7 @@ def build_model(
         parameter.data = parameter.data.to(dtype)
     if placement is not None:
         inject(llm, placement)
-    model = VisionLanguageModel(encoder, connector, llm, placement, config.llm.pack_tokens)
+    model = VisionLanguageModel(sizes if vision is None else None, connector, llm, placement, config.llm.pack_tokens)
     if not meta:
         use_kernels(llm, resolve_kernels(config.llm.kernels, torch.cuda.is_available()))
     return model

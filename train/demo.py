@@ -82,7 +82,7 @@ class Steps:
             print(f"== {name}: done before", flush=True)
             return
         print(f"== {name}: python -m {' '.join(arguments)}", flush=True)
-        context = multiprocessing.get_context(launch.start_method())
+        context: Any = multiprocessing.get_context(launch.start_method())
         start, before = time.perf_counter(), _child_seconds()
         process = context.Process(target=_run_module, args=arguments)
         process.start()
@@ -108,7 +108,8 @@ class Steps:
 
 
 def _run_module(module: str, *arguments: str) -> None:
-    is_package = importlib.util.find_spec(module).submodule_search_locations is not None
+    spec = importlib.util.find_spec(module)
+    is_package = spec is not None and spec.submodule_search_locations is not None
     sys.argv = [module, *arguments]
     run_cli(importlib.import_module(f"{module}.__main__" if is_package else module).main)
 

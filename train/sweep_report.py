@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +22,7 @@ import matplotlib.pyplot as plt
 from common.errors import UserError, run_cli
 from train import config as configuration
 from train.cluster import slurm, sweep
-from train.measure.tracking import read_metrics
+from train.measure.tracking import read_metrics, start_wandb
 
 _COLUMNS = (
     "point",
@@ -174,18 +173,9 @@ def log_to_wandb(folder: Path, rows: list[dict[str, Any]]) -> None:
     first = next((configuration.load(c).tracking for c in configs if c.exists()), None)
     if first is None or first.wandb == "disabled":
         return
-    os.environ.setdefault("WANDB_SILENT", "true")
+    run = start_wandb(first, folder, f"{folder.name}-report", job_type="report")
     import wandb
 
-    run = wandb.init(
-        mode=first.wandb,
-        project=first.project,
-        group=first.group,
-        name=f"{folder.name}-report",
-        job_type="report",
-        dir=str(folder),
-        settings=wandb.Settings(x_disable_stats=True, console="off"),
-    )
     cells = [[" ".join(r[c]) if c == "overrides" else r[c] for c in _COLUMNS] for r in rows]
     images = {
         _file(n): wandb.Image(str(folder / f"{_file(n)}.png"))

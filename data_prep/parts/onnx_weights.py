@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,7 @@ def read(file: Path) -> tuple[dict[str, np.ndarray], list[Node]]:
         ValueError: not an ONNX file with raw little-endian tensors of a known type.
     """
     try:
-        return _read_model(memoryview(np.memmap(file, mode="r")))
+        return _read_model(memoryview(np.memmap(file, mode="r").data))
     except (IndexError, KeyError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not a readable ONNX file ({type(error).__name__}: {error})") from error
 
@@ -67,12 +68,13 @@ def _varint(view: memoryview, at: int) -> tuple[int, int]:
         shift += 7
 
 
-def _fields(view: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """(field number, value) of every field of one message; nested messages and strings as views."""
+def _fields(view: memoryview) -> Iterator[tuple[int, Any]]:
+    """(field number, value) of every field of one message: an int, or a view of a nested message or a string."""
     at = 0
     while at < len(view):
         key, at = _varint(view, at)
         wire = key & 7
+        value: int | memoryview
         if wire == VARINT:
             value, at = _varint(view, at)
         elif wire == BYTES:

@@ -8,6 +8,7 @@ saved because it counts as quantised.)
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gguf import GGUFReader, dequantize
@@ -47,7 +48,7 @@ def convert(gguf: Path, out: Path) -> None:
     _tokenizer(reader).save_pretrained(out)
 
 
-def _field(reader: GGUFReader, key: str):
+def _field(reader: GGUFReader, key: str) -> Any:
     return reader.fields[key].contents()
 
 

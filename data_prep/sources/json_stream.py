@@ -37,12 +37,12 @@ def boundaries(file: Path, every: int) -> list[int]:
     # Latin-1: one character is one byte, and what is JSON's own is ASCII.
     with file.open(encoding="latin-1", newline="") as stream:
         text = stream.read(_CHUNK)
-        at = _BETWEEN.match(text).end()
+        at = _skip(text, 0)
         array = text[at : at + 1] == "["
         at += array
         base = count = 0  # byte of text[0]; records so far
         while True:
-            at = _BETWEEN.match(text, at).end()
+            at = _skip(text, at)
             if at < len(text) and text[at] != "{":
                 if array and text[at] == "]":
                     break
@@ -75,6 +75,13 @@ def boundaries(file: Path, every: int) -> list[int]:
     return [*found, last]
 
 
+def _skip(text: str, at: int) -> int:
+    """Where the white space and commas at `at` end."""
+    found = _BETWEEN.match(text, at)
+    assert found is not None  # it matches nothing too
+    return found.end()
+
+
 def check_exists(file: Path) -> None:
     """Raise the `DataError` of a missing file."""
     if not file.is_file():
@@ -90,11 +97,11 @@ def read(file: Path, start: int, stop: int) -> Iterator[dict[str, Any]]:
     with file.open("rb") as stream:
         stream.seek(start)
         text = stream.read(stop - start).decode(errors="surrogateescape")
-    at = _BETWEEN.match(text).end()
+    at = _skip(text, 0)
     while at < len(text):
         try:
             record, at = _decode(text, at)
         except json.JSONDecodeError as error:
             raise DataError(f"{file} has changed while it was read: {error}; prepare the data again") from error
         yield record
-        at = _BETWEEN.match(text, at).end()
+        at = _skip(text, at)

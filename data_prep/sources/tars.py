@@ -64,7 +64,7 @@ def groups(file: Path) -> Iterator[Group]:
     try:
         with tarfile.open(file, "r:") as archive:
             while (member := archive.next()) is not None:
-                archive.members.clear()  # it would keep a record of every member
+                archive.members.clear()  # type: ignore[attr-defined]  # it would keep a record of every member
                 if member.isdir():
                     continue
                 key, _, suffix = PurePosixPath(member.name).name.partition(".")
@@ -76,7 +76,9 @@ def groups(file: Path) -> Iterator[Group]:
                 suffix = suffix.lower()
                 current.defect = current.defect or _refuse(member, suffix, current)
                 if current.defect is None:
-                    current.members[suffix] = archive.extractfile(member).read()
+                    content = archive.extractfile(member)
+                    assert content is not None  # a regular file: `_refuse` has seen to that
+                    current.members[suffix] = content.read()
             # The library takes a damaged header in the middle for the end.
             archive.fileobj.seek(archive.offset)
             rest = archive.fileobj.read(tarfile.BLOCKSIZE)

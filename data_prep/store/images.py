@@ -6,6 +6,7 @@ import io
 import struct
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -100,8 +101,9 @@ def _decode(data: bytes, max_pixels: int) -> Image.Image:
         if width * height > max_pixels:
             raise ImageError("image bomb", f"{width} x {height} pixels, at most {max_pixels} are accepted")
         try:
-            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a JPEG with previews behind it
-                raise ImageError("image animated", f"{image.n_frames} frames")
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1 and image.format != "MPO":  # MPO: a JPEG with previews behind it
+                raise ImageError("image animated", f"{frames} frames")
             image.load()
         except ImageError:
             raise
@@ -216,7 +218,10 @@ def shrink(data: bytes, side: int, quality: int) -> bytes:
 def is_transparent(image: Image.Image) -> bool:
     """Whether something shows through any pixel."""
     clear = with_alpha(image)
-    return clear is not None and clear.getchannel("A").getextrema()[0] < 255
+    if clear is None:
+        return False
+    lowest: Any = clear.getchannel("A").getextrema()[0]  # a number: one channel
+    return lowest < 255
 
 
 def describe(image: Image.Image) -> dict[str, str]:

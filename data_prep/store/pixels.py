@@ -32,12 +32,15 @@ class ImageInput(ABC):
     In two steps, so that the numbers are written once, into the batch.
 
     Attributes:
-        shape: Of one view, [3, H, W] or [P, V].
         dtype: Of the batch.
     """
 
-    shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Of one view, [3, H, W] or [P, V]."""
 
     @abstractmethod
     def read(self, data: bytes) -> list[np.ndarray]:
@@ -85,6 +88,8 @@ class PixelPreprocessor(ImageInput):
             colour that is stored under them.
     """
 
+    dtype = torch.float32
+
     mode: str
     size: int
     shortest_edge: int
@@ -105,11 +110,6 @@ class PixelPreprocessor(ImageInput):
     def shape(self) -> tuple[int, int, int]:
         """(3, size, size)."""
         return 3, self.size, self.size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """float32."""
-        return torch.float32
 
     def read(self, data: bytes) -> list[np.ndarray]:
         """Views of one image file, uint8 [size, size, 3].

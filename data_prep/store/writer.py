@@ -74,7 +74,7 @@ class ShardWriter:
             self._writer.write_batch(pa.RecordBatch.from_pylist(self._rows, schema=ARROW))
             self._rows.clear()
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if error is None:
             self._flush()
         self._writer.close()

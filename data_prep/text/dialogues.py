@@ -27,7 +27,8 @@ def from_turns(turns: Any) -> tuple[Dialogue, int]:
     """
     if not isinstance(turns, list):
         raise Defect("conversation is no list", type(turns).__name__)
-    dialogue, tokens = [], 0
+    dialogue: list[dict[str, Any]] = []  # of anything until the verifier has seen it
+    tokens = 0
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict):
             raise Defect("turn is no object", f"turn {number}: {type(turn).__name__}")

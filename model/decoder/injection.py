@@ -1,7 +1,6 @@
 """Adds perceptual weights to any Hugging Face decoder, by module name, without forking its code.
 
-The classes of the decoder layers and of the placed projections are swapped for subclasses of themselves: names and
-parameters stay as they were, so base checkpoints load unchanged and ZeRO-3 sees ordinary modules. The weights travel
+The classes of the decoder layers and of the placed projections are swapped (`model.decoder.swap`). The weights travel
 as a keyword of each decoder layer's forward, which transformers passes down from the top and captures for
 recomputation, so gradient checkpointing sees the same deltas twice.
 
@@ -12,14 +11,14 @@ first call computes all, in a module of its own (`SharedInput`) so that ZeRO-3 h
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from model.decoder.swap import swap, unswap
 from model.generator.placement import Placement, decoder_layers
 from model.generator.weights import PerceptualWeights
 from model.ops import Rows, Segments, lowrank_delta, lowrank_linear, lowrank_linear_group
@@ -69,7 +68,8 @@ class SharedInput(nn.Module):
         super().__init__()
         self.linears = linears  # in a dict, so that nn.Module does not count them twice
         self._state = state
-        self.clear()
+        self._input: Tensor | None = None
+        self._ready: dict[str, Tensor] = {}
 
     def parameters_read(self) -> list[nn.Parameter]:
         """The projections' weights and biases: external to this module, but read by its forward and backward."""
@@ -102,12 +102,12 @@ class SharedInput(nn.Module):
 class _PerceptualLayer(nn.Module):
     """Mixin in front of a decoder layer's class."""
 
-    def forward(self, *args, perceptual_weights: PerceptualWeights | None = None, **kwargs):
+    def forward(self, *args: Any, perceptual_weights: PerceptualWeights | None = None, **kwargs: Any) -> Any:
         weights = perceptual_weights if perceptual_weights is not None else self._perceptual_state.pinned
         added = _NOTHING if weights is None else _Added.to(self._perceptual_index, weights)
         return self._perceptual_forward(added, *args, **kwargs)
 
-    def _perceptual_forward(self, added: _Added, *args, **kwargs):
+    def _perceptual_forward(self, added: _Added, *args: Any, **kwargs: Any) -> Any:
         state: _LayerState = self._perceptual_state
         state.added = added
         try:
@@ -119,7 +119,7 @@ class _PerceptualLayer(nn.Module):
 class _PerceptualModule(nn.Module):
     """Mixin in front of a placed projection (or MLP, for `m`): y = f(x) + s (x A) B."""
 
-    def forward(self, x: Tensor, *args, **kwargs):
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         added: _Added = self._perceptual_state.added
         factors = added.factors.get(self._perceptual_type)
         if factors is None:
@@ -135,16 +135,10 @@ class _GroupedProjection(nn.Module):
     Overrides the call rather than `forward`: the hooks of this module (ZeRO-3's) would gather the weight a second time.
     """
 
-    def __call__(self, x: Tensor):
+    def __call__(self, x: Tensor) -> Tensor:
         if self._perceptual_type not in self._perceptual_state.added.factors:
             return super().__call__(x)
         return self._perceptual_group[0].output(self._perceptual_type, x)
-
-
-@functools.cache
-def _swapped(mixin: type, cls: type) -> type:
-    # functools.cache keeps one class per decoder class: isinstance checks and class-keyed tables stay valid.
-    return type(f"Perceptual{cls.__name__}", (mixin, cls), {"__module__": cls.__module__})
 
 
 def inject(llm: nn.Module, placement: Placement) -> None:
@@ -157,10 +151,9 @@ def inject(llm: nn.Module, placement: Placement) -> None:
         if isinstance(layer, _PerceptualLayer):
             raise ValueError("perceptual weights are already injected into this model")
         state = _LayerState()
-        layer._perceptual_state, layer._perceptual_index = state, index
-        layer.__class__ = _swapped(_PerceptualLayer, type(layer))
+        swap(layer, _PerceptualLayer, _perceptual_state=state, _perceptual_index=index)
         modules = {site.type: layer.get_submodule(site.module) for site in placement.sites if site.layer == index}
-        grouped = {}
+        grouped: dict[str, SharedInput] = {}
         for types in SHARING_INPUT:
             linears = {t: modules[t] for t in types if t in modules}
             if len(linears) > 1 and _one_op(linears):
@@ -169,15 +162,13 @@ def inject(llm: nn.Module, placement: Placement) -> None:
                 state.groups.append(group)
                 grouped |= dict.fromkeys(linears, group)
         for weight_type, module in modules.items():
-            module._perceptual_state, module._perceptual_type = state, weight_type
+            known: dict[str, Any] = {"_perceptual_state": state, "_perceptual_type": weight_type}
             if weight_type in grouped:
                 # In a tuple, so that nn.Module does not look into it.
-                module._perceptual_group = (grouped[weight_type],)
-                module.__class__ = _swapped(_GroupedProjection, type(module))
+                swap(module, _GroupedProjection, **known, _perceptual_group=(grouped[weight_type],))
             else:
                 # Quantised linears and the like keep their own forward; a plain one is a single op with its delta.
-                module._perceptual_fused = type(module) is nn.Linear
-                module.__class__ = _swapped(_PerceptualModule, type(module))
+                swap(module, _PerceptualModule, **known, _perceptual_fused=type(module) is nn.Linear)
 
 
 def _one_op(linears: dict[str, nn.Module]) -> bool:
@@ -193,15 +184,14 @@ def _group_name(types: tuple[str, ...]) -> str:
 def eject(llm: nn.Module) -> None:
     """Undo `inject`: the modules get their own classes back."""
     for module in list(llm.modules()):
-        if isinstance(module, _PerceptualLayer | _PerceptualModule | _GroupedProjection):
-            module.__class__ = type(module).__mro__[2]
-            for name in [name for name in module.__dict__ if name.startswith("_perceptual_")]:
-                del module.__dict__[name]
+        if unswap(module, _PerceptualLayer):
             for types in SHARING_INPUT:
                 module._modules.pop(_group_name(types), None)
+        for mixin in (_PerceptualModule, _GroupedProjection):
+            unswap(module, mixin)
 
 
-def compile_forward(layer: nn.Module, **options) -> None:
+def compile_forward(layer: nn.Module, **options: Any) -> None:
     """Run a decoder layer's forward through `torch.compile`, injected or not.
 
     What the layer adds is an argument of the compiled part: the compiler would tie its code to the number of one layer,

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.decoder.swap import swap
+
 CHUNK_LOGITS = 2**26
 """Logits of a chunk, elements: 256 MiB in fp32, about 2,100 targets of a vocabulary of 32,000. The GEMMs have long
 reached their speed there."""
@@ -50,15 +52,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 need_hidden or need_weight or need_bias,
             )
             loss += part_loss
-            if need_bias:
+            if gradient is None:
+                continue
+            if d_bias is not None:
                 d_bias += gradient.sum(0)
-            if gradient is not None:
-                gradient = gradient.to(weight.dtype)
-            if need_hidden:
+            gradient = gradient.to(weight.dtype)
+            if d_hidden is not None:
                 torch.mm(gradient, weight, out=d_hidden[rows])
-            if need_weight and d_weight.dtype == gradient.dtype:
+            if d_weight is not None and d_weight.dtype == gradient.dtype:
                 d_weight.addmm_(gradient.t(), hidden[rows])
-            elif need_weight:
+            elif d_weight is not None:
                 d_weight += gradient.t() @ hidden[rows]
             del gradient  # before the next chunk's logits
         ctx.save_for_backward(*(g for g in (d_hidden, d_weight, d_bias) if g is not None))
@@ -142,10 +145,6 @@ class _LossHead(nn.Module):
         return linear_cross_entropy(hidden, self.weight, targets, self.bias, self._softcap)
 
 
-class _LinearLossHead(_LossHead, nn.Linear):
-    pass
-
-
 def attach_loss(llm: nn.Module) -> None:
     """Make `llm`'s head accept `targets`; names, parameters and what it does without targets stay.
 
@@ -153,10 +152,9 @@ def attach_loss(llm: nn.Module) -> None:
         ValueError: a head that is not a plain linear layer.
     """
     head = llm.get_output_embeddings()
-    if isinstance(head, _LinearLossHead):
+    if isinstance(head, _LossHead):
         return
     if type(head) is not nn.Linear:
         raise ValueError(f"the language model's head is a {type(head).__name__}; a plain nn.Linear is needed")
-    head._softcap = getattr(llm.config.get_text_config(), "final_logit_softcapping", None)
-    head._fused_loss = None
-    head.__class__ = _LinearLossHead
+    softcap = getattr(llm.config.get_text_config(), "final_logit_softcapping", None)
+    swap(head, _LossHead, _softcap=softcap, _fused_loss=None)

@@ -1,8 +1,8 @@
 """Fused kernels for RMSNorm, rotary embedding and the head's loss, chosen once per model by `llm.kernels`.
 
-Norms are swapped for subclasses of themselves, as in `model.decoder.injection`: names and parameters stay, so
-checkpoints, ZeRO-3 and `isinstance` see what they saw. Which formula a decoder's norm computes (Llama's `x w`, Gemma's
-`x (1 + w)`) is found out by running a small one, not by its name; a norm that computes neither is left alone.
+Norms are swapped for subclasses of themselves (`model.decoder.swap`). Which formula a decoder's norm computes (Llama's
+`x w`, Gemma's `x (1 + w)`) is found out by running a small one, not by its name; a norm that computes neither is left
+alone.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch.nn.functional import rms_norm
 
 from common.errors import UserError
 from model.config import KERNELS
+from model.decoder.swap import swap
 from model.generator.placement import decoder_layers
 
 log = logging.getLogger(__name__)
@@ -88,10 +90,10 @@ def use_kernels(llm: nn.Module, kernels: str) -> dict[str, int]:
     swapped = {"norms": 0, "rotary": 0, "loss": 0}
     if kernels != "transformers":
         for module in llm.modules():
-            offset = norm_offset(type(module)) if "RMSNorm" in type(module).__name__ else None
+            kind: Any = type(module)
+            offset = norm_offset(kind) if "RMSNorm" in kind.__name__ else None
             if offset is not None:
-                module._kernel = functools.partial(_NORMS[kernels], offset=offset, eps=_eps(module))
-                module.__class__ = _swapped(type(module))
+                swap(module, _KernelNorm, _kernel=functools.partial(_NORMS[kernels], offset=offset, eps=_eps(module)))
                 swapped["norms"] += 1
     if kernels == "liger":
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
@@ -106,7 +108,7 @@ def use_kernels(llm: nn.Module, kernels: str) -> dict[str, int]:
 
 
 @functools.cache
-def norm_offset(cls: type) -> float | None:
+def norm_offset(cls: Any) -> float | None:
     """0 where a norm of this class computes x / rms(x) * w, 1 where it multiplies by 1 + w, None for anything else."""
     try:
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
@@ -129,11 +131,6 @@ class _KernelNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._kernel(x, self.weight)
-
-
-@functools.cache
-def _swapped(cls: type) -> type:
-    return type(f"Kernel{cls.__name__}", (_KernelNorm, cls), {"__module__": cls.__module__})
 
 
 def _torch_norm(x: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
@@ -164,7 +161,7 @@ def _use_liger_rotary(llm: nn.Module) -> bool:
     """Whether the decoder's rotary function is Llama's, and so was replaced."""
     from liger_kernel.transformers.functional import liger_rope
 
-    module = sys.modules[type(decoder_layers(llm)[0]).__module__]
+    module: Any = sys.modules[type(decoder_layers(llm)[0]).__module__]
     rotary = getattr(module, "apply_rotary_pos_emb", None)
     if rotary is None or rotary is liger_rope:
         return rotary is not None

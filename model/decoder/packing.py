@@ -8,7 +8,7 @@ as sequence lengths. The perceptual weights follow through `Rows.packed`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -77,8 +77,10 @@ class Packing:
 
     def to(self, device: torch.device) -> Packing:
         """Copy to `device`."""
-        tensors = (t.to(device, non_blocking=True) for t in (self.source, self.target, self.position_ids))
-        return Packing(*tensors, self.offsets, self.row)
+        source, target, position_ids = (
+            t.to(device, non_blocking=True) for t in (self.source, self.target, self.position_ids)
+        )
+        return replace(self, source=source, target=target, position_ids=position_ids)
 
     def rows(self, rows: Rows) -> Rows:
         """The sample of each segment, from that of each text row."""

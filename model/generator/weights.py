@@ -52,8 +52,8 @@ class PerceptualWeights:
     def of_types(self, types: Sequence[str]) -> PerceptualWeights:
         """Only the deltas of some types."""
         placement = self.placement.only(types)
-        parts = ({site: factors[site] for site in placement.sites} for factors in (self.a, self.b))
-        return PerceptualWeights(placement, *parts, self.scale, self.rows)
+        a, b = ({site: factors[site] for site in placement.sites} for factors in (self.a, self.b))
+        return replace(self, placement=placement, a=a, b=b)
 
     def delta(self, site: Site, sample: int) -> Tensor:
         """dW [d_out, d_in] of one sample, in fp32, in the layout of `nn.Linear.weight`."""

@@ -8,6 +8,7 @@ copies the accumulator first.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def project(x: Tensor, weight: Tensor | None, bias: Tensor | None, z: Tensor, b:
     """`x Wᵀ + bias + z B` [T, d_out]; without a weight only `z B`."""
     if weight is None:
         return torch.mm(z, b)
-    if (tile := _fused_tile(x, *weight.shape, z.shape[1])) is not None:
+    if (tile := _fused_tile(x, weight, z.shape[1])) is not None:
         return gemm_lowrank(x, weight, z, b, bias=bias, **tile)
     y = torch.mm(z, b) if bias is None else torch.addmm(bias, z, b)
     return y.addmm_(x, weight.t())
@@ -38,8 +39,9 @@ def input_grad(
     dy: Sequence[Tensor], weights: Sequence[Tensor], dz: Tensor, a: Sequence[Tensor], segments: Segments
 ) -> Tensor:
     """`dx = Σ_g dy_g W_g + dz_g A_gᵀ` [T, d_in], accumulated in one buffer; `weights` may be empty."""
-    tiles = [_fused_tile(dy_g, *w.t().shape, dz.shape[2]) for dy_g, w in zip(dy, weights, strict=False)]
-    if tiles and None not in tiles:
+    found = (_fused_tile(dy_g, w.t(), dz.shape[2]) for dy_g, w in zip(dy, weights, strict=False))
+    tiles = [tile for tile in found if tile is not None]
+    if tiles and len(tiles) == len(weights):
         dx = None
         for dy_g, w, dz_g, a_g, tile in zip(dy, weights, dz, a, tiles, strict=True):
             low = a_g.transpose(1, 2)
@@ -53,6 +55,7 @@ def input_grad(
     return dx
 
 
-def _fused_tile(x: Tensor, n: int, d: int, r: int) -> dict | None:
-    """The tile of the fused GEMM where it was chosen and has been measured to pay, else None: cuBLAS."""
+def _fused_tile(x: Tensor, weight: Tensor, r: int) -> dict[str, Any] | None:
+    """The tile of the fused GEMM for `weight` [n, d] where it was chosen and measured to pay, else None: cuBLAS."""
+    n, d = weight.shape
     return tuner.tile_for(x, n, d, r) if backend_for(x.device) == "fused" else None

@@ -16,6 +16,7 @@ annotations here: `custom_op` reads the schema from them.
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,8 +41,8 @@ def lowrank_linear_op(
     scale: float,
 ) -> list[Tensor]:
     """G outputs [T, d_out_g] and z [G, T, r]. `x` [T, d_in]; `segments` as `Segments.tensors()`."""
-    segments = Segments(*segments, per_sample, max_len, x.shape[0])
-    return forward(_kernels(x.device), x, weights, biases, a, b, scale, segments)
+    layout = Segments.of(segments, per_sample, max_len, x.shape[0])
+    return forward(_kernels(x.device), x, weights, biases, a, b, scale, layout)
 
 
 def forward(
@@ -93,9 +94,9 @@ def lowrank_linear_backward_op(
     need_dbias: bool,
 ) -> list[Tensor]:
     """The gradients asked for, and only those: dx, da [G, S, d_in, r], db per g, dW per g, dbias per g."""
-    segments = Segments(*segments, per_sample, max_len, x.shape[0])
+    layout = Segments.of(segments, per_sample, max_len, x.shape[0])
     needs = (need_dx, need_da, need_db, need_dw, need_dbias)
-    return backward(_kernels(x.device), dy, x, weights, a, b, z, scale, segments, *needs)
+    return backward(_kernels(x.device), dy, x, weights, a, b, z, scale, layout, *needs)
 
 
 def backward(
@@ -143,7 +144,7 @@ def _(dy, x, weights, a, b, z, segments, per_sample, max_len, scale, need_dx, ne
     return out
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     x, weights, biases, a, b, segments, per_sample, max_len, scale = inputs
     ctx.set_materialize_grads(False)
     ctx.counts = [1, len(weights), len(a), len(b), 1, len(segments)]
@@ -214,16 +215,15 @@ _AUTOCAST = [_register_autocast(device_type) for device_type in ("cpu", "cuda")]
 
 
 @register_flop_formula(torch.ops.vlora.lowrank_linear)
-def _flops(x, weights, biases, a, b, *args, out_shape=None, **kwargs) -> int:
+def _flops(x: Any, weights: Any, biases: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
     tokens, d_in = x
     flops = sum(2 * tokens * a_g[2] * (d_in + b_g[1]) for a_g, b_g in zip(a, b, strict=True))
     return flops + sum(2 * tokens * d_in * w[0] for w in weights)
 
 
 @register_flop_formula(torch.ops.vlora.lowrank_linear_backward)
-def _flops_backward(
-    dy, x, weights, a, b, z, segments, per_sample, max_len, scale, need_dx, need_da, need_db, need_dw, *args, **kwargs
-) -> int:
+def _flops_backward(dy: Any, x: Any, weights: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
+    need_dx, need_da, need_db, need_dw, _ = args[5:10]  # behind z, segments, per_sample, max_len and scale
     tokens, d_in = x
     flops = 0
     for a_g, b_g in zip(a, b, strict=True):

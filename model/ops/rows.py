@@ -35,6 +35,12 @@ class Segments:
     max_len: int
     n_tokens: int
 
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], per_sample: int, max_len: int, n_tokens: int) -> Segments:
+        """From the four index tensors (`tensors()`) and the sizes, as the ops hand them on."""
+        offsets, sample, order, first = tensors
+        return cls(offsets, sample, order, first, per_sample, max_len, n_tokens)
+
     @property
     def n_samples(self) -> int:
         """S."""
@@ -109,7 +115,7 @@ class Rows:
 
         lengths = [e - s for s, e in zip(offsets, offsets[1:], strict=False)]
         layout = (self._per_sample(lengths), max(lengths, default=0), offsets[-1])
-        return Segments(put(offsets), put(self.sample), put(order), put(first), *layout)
+        return Segments.of([put(offsets), put(self.sample), put(order), put(first)], *layout)
 
     def _per_sample(self, lengths: list[int]) -> int:
         """n when the samples are 0, 0, …, 1, 1, … with n tokens each, else 0."""

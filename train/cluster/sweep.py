@@ -120,6 +120,7 @@ class SlurmLauncher(BasicLauncher):
         results = super().launch([[*o, *prepare_only] for o in job_overrides], initial_job_idx)
         for result in results:
             _ = result.return_value  # raises the error of a point that failed
+        assert self.config is not None  # `setup` was called before
         folder = Path(self.config.hydra.sweep.dir).absolute()
         last = initial_job_idx + len(job_overrides) - 1
         array = f"{initial_job_idx}-{last}"

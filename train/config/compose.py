@@ -9,10 +9,10 @@ import difflib
 import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common import settings
@@ -25,7 +25,7 @@ ConfigStore.instance().store("schema", node=RunConfig)
 presets.register()
 
 
-def resolve(composed: DictConfig) -> RunConfig:
+def resolve(composed: DictConfig | ListConfig) -> RunConfig:
     """Check a composed configuration against the schema and its cross-field rules.
 
     Raises:
@@ -36,7 +36,7 @@ def resolve(composed: DictConfig) -> RunConfig:
         plain = OmegaConf.create(OmegaConf.to_container(composed))
         merged = OmegaConf.merge(OmegaConf.structured(RunConfig), plain)
         OmegaConf.resolve(merged)
-        config = OmegaConf.to_object(merged)
+        config = cast(RunConfig, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise explain(error) from error
     settings.check(config)

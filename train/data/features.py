@@ -44,7 +44,7 @@ class FeatureCache(ImageInput):
         return type(self), (self.folder,)
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         """(P, V) of one image."""
         return tuple(self._features.shape[1:])
 
@@ -72,7 +72,8 @@ class FeatureCache(ImageInput):
     def moments(self, keys: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation per feature channel, fp32 [V], over all images or those of `keys`."""
         at = np.arange(len(self)) if keys is None else np.searchsorted(self._keys, keys)
-        total, square, count = 0.0, 0.0, 0
+        total = square = torch.zeros(self.shape[-1], dtype=torch.float64)
+        count = 0
         for start in range(0, len(at), 256):
             block = torch.from_numpy(np.array(self._features[at[start : start + 256]]))
             block = (block.view(self.dtype) if self.dtype is torch.bfloat16 else block).double().flatten(0, 1)

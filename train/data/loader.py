@@ -276,7 +276,7 @@ class TrainLoader:
     def fingerprint(self) -> str:
         """Of everything the order of samples depends on but the seed; belongs into checkpoints."""
         weights = [source.weight for source in self.config.train]
-        fixed = [self.config.batch_size, self.config.dialogues_per_sample]
+        fixed: list[int | str | None] = [self.config.batch_size, self.config.dialogues_per_sample]
         if self.config.group_by != "none":
             fixed += [self.config.group_by, self.config.group_window]
         return digest([[split.fingerprint for split in self.splits], weights, fixed])

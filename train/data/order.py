@@ -21,7 +21,7 @@ def mix(*values: int | np.ndarray) -> np.ndarray:
     Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (OOPSLA 2014).
     """
     with np.errstate(over="ignore"):
-        state = np.uint64(0)
+        state = np.asarray(0, dtype=np.uint64)
         for value in values:
             state = (state ^ np.asarray(value, dtype=np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
             state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

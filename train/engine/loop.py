@@ -128,7 +128,8 @@ class Loop:
         if targets == 0:
             raise UserError(f"step {self.progress.step + 1} has no target token on any rank; look at data.on_too_long")
         lr = engine.learning_rates()
-        loss_sum, positions, computed, output = 0.0, 0, 0, None
+        loss_sum = positions = computed = 0.0
+        weights: PerceptualWeights | None = None
         for number, batch in enumerate(batches, 1):
             engine.begin_micro_step(last=number == len(batches))
             with self.timer.phase("forward"):
@@ -136,6 +137,7 @@ class Loop:
             with self.timer.phase("backward"):
                 engine.backward(output.loss_sum, targets)
             loss_sum += output.loss_sum.item()
+            weights = output.weights
             positions, computed = positions + output.positions, computed + output.tokens.item()
             with self.timer.phase("optimizer"):
                 engine.micro_step()
@@ -171,11 +173,11 @@ class Loop:
         if not result.applied:
             self._warn(f"step {progress.step}: gradient norm {result.grad_norm}, step skipped on all ranks")
         weights_due = progress.step == 1 or progress.step % self.config.tracking.weights_every == 0
-        if output.weights is not None and weights_due:
+        if weights is not None and weights_due:
             # This rank's last micro-batch, samples with an image only: those without have A = 0 by definition.
             seen = batches[-1].image_to_sample[batches[-1].image_weight > 0].unique()
             if len(seen) > 1:
-                record |= self._weight_records(output.weights.select(seen.to(device)))
+                record |= self._weight_records(weights.select(seen.to(device)))
         log_due = (
             progress.step % self.config.tracking.log_every == 0
             or progress.step in (1, self.total_steps)

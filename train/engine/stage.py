@@ -78,11 +78,11 @@ def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: Stop
     image_tokens = memory.image_tokens(config)
     loader = TrainLoader(config.data, tokenizer, image, config.seed, rank, world, micro_steps, image_tokens)
     identity["data"] = loader.fingerprint
-    total_steps = config.stage.steps or max(1, loader.batching.steps(config.stage.epochs))
+    total_steps = config.stage.steps or max(1, loader.batching.steps(config.stage.epochs or 0))
     questions = held_out = None
     if config.data.val:  # now, so that what is wrong with it is not found at the end of the run
-        questions = _validation(config, tokenizer, image, prompts=True)
-        held_out = _validation(config, tokenizer, image, prompts=False)
+        questions = _validation(config, config.data.val, tokenizer, image, prompts=True)
+        held_out = _validation(config, config.data.val, tokenizer, image, prompts=False)
 
     config = _settle_checkpointing(config, world, micro_steps, tokenizer, device)
     model = _build(config, world, micro_steps, vision)
@@ -94,7 +94,7 @@ def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: Stop
     table, counts = describe(model), parameter_counts(model)
     engine = Engine(model, config, total_steps, micro_steps)
     if model.connector.norm is not None and not model.connector.norm.measured:
-        _measure_features(engine, loader, image)
+        _measure_features(engine, model.connector.norm, loader, image)
 
     progress = Progress()
     if (found := checkpoint.find(run_dir)) is not None:
@@ -163,12 +163,13 @@ def _settle_checkpointing(
     if config.engine.gradient_checkpointing != "auto":
         return config
     load = memory.workload(config, tokenizer, config.data.batch_size // world // micro_steps)
-    limit = memory.available(config, device, distributed.local_world_size())
-    (limit,) = distributed.reduce([float(limit)], device, "min")
+    own = memory.available(config, device, distributed.local_world_size())
+    assert own is not None  # the device is known
+    limit = int(distributed.reduce([own], device, "min")[0])
     plan = memory.plan(config, world, load)
     if distributed.rank() == 0:
-        print(memory.describe(config, world, load, plan, int(limit)), flush=True)
-    chosen = replace(config.engine, gradient_checkpointing=plan.needs_checkpointing(int(limit)))
+        print(memory.describe(config, world, load, plan, limit), flush=True)
+    chosen = replace(config.engine, gradient_checkpointing=plan.needs_checkpointing(limit))
     return replace(config, engine=chosen)
 
 
@@ -210,12 +211,13 @@ def _feature_cache(
     )
 
 
-def _measure_features(engine: Engine, loader: TrainLoader, image: ImageInput, images: int = 1024) -> None:
-    """Fill the connector's `FeatureNorm` with mean and deviation over training images. Collective.
+def _measure_features(
+    engine: Engine, norm: FeatureNorm, loader: TrainLoader, image: ImageInput, images: int = 1024
+) -> None:
+    """Fill the connector's `norm` with mean and deviation over training images. Collective.
 
     Takes samples spread evenly over the first source; every rank encodes the same number of them.
     """
-    norm: FeatureNorm = engine.model.connector.norm
     rank, world = distributed.rank(), distributed.world_size()
     split = loader.splits[0]
     count = min(images, len(split)) // world * world
@@ -235,19 +237,20 @@ def _measure_features(engine: Engine, loader: TrainLoader, image: ImageInput, im
             flat = features.double().flatten(0, 1).cpu()
             total += torch.stack([flat.sum(0), flat.square().sum(0)])
             seen += len(flat)
-    flat_total = distributed.reduce([*total.flatten().tolist(), float(seen)], engine.device)
-    seen = flat_total.pop()
-    if not seen:
+    *sums, vectors = distributed.reduce([*total.flatten().tolist(), float(seen)], engine.device)
+    if not vectors:
         raise UserError(f"{split.folder}: no sample with an image to measure feature statistics on")
-    mean, square = (torch.tensor(flat_total, dtype=torch.float64) / seen).view(2, -1)
+    mean, square = (torch.tensor(sums, dtype=torch.float64) / vectors).view(2, -1)
     norm.set(mean.float(), (square - mean.square()).clamp_min(0).sqrt().float())
 
 
-def _validation(config: RunConfig, tokenizer: PreTrainedTokenizerBase, image: ImageInput, prompts: bool) -> EvalLoader:
+def _validation(
+    config: RunConfig, split: str, tokenizer: PreTrainedTokenizerBase, image: ImageInput, prompts: bool
+) -> EvalLoader:
     """Prompts for the sample table (the same on all ranks) or rows for the validation loss (shared among ranks)."""
     rank, world = (0, 1) if prompts else (distributed.rank(), distributed.world_size())
     return EvalLoader(
-        open_split(config.data, config.data.val),
+        open_split(config.data, split),
         make_text(config.data, tokenizer),
         image,
         prompts=prompts,

@@ -13,6 +13,7 @@ from torch import nn
 
 from model.connectors import QFormer, TokenConnector, VLoRAConnector
 from model.generator.placement import decoder_layers
+from model.vision import VisionEncoder
 from model.vlm import VisionLanguageModel
 
 # Dense bf16 peak of the tensor cores, FLOP/s, from NVIDIA's data sheets.
@@ -54,7 +55,7 @@ class FlopCounter:
             if model.placement
             else 0
         )
-        self._vision = 0 if features_cached or model.vision is None else _vision_flops(model)
+        self._vision = 0 if features_cached or model.vision is None else _vision_flops(model.vision)
         vision_trained = model.vision is not None and any(p.requires_grad for p in model.vision.parameters())
         self._vision_passes = 3 if vision_trained else 1
         self._connector = _connector_flops(model.connector)
@@ -98,11 +99,11 @@ def _linear_size(module: nn.Module) -> int:
     return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
 
 
-def _vision_flops(model: VisionLanguageModel) -> float:
-    encoder = model.vision.encoder
+def _vision_flops(vision: VisionEncoder) -> float:
+    encoder = vision.encoder
     config = encoder.config
-    patches = (model.vision.image_size // config.patch_size) ** 2
-    tokens = patches + model.vision.num_prefix
+    patches = (vision.image_size // config.patch_size) ** 2
+    tokens = patches + vision.num_prefix
     linear = _linear_size(encoder)
     patchify = 2 * patches * 3 * config.patch_size**2 * config.hidden_size
     return 2 * linear * tokens + 4 * tokens**2 * config.hidden_size * config.num_hidden_layers + patchify

@@ -162,13 +162,12 @@ def plan(config: RunConfig, world_size: int, load: Workload) -> MemoryPlan:
         load: The largest micro-batch.
     """
     dtype = DTYPES[config.engine.precision]
-    model = build_model(config.model, dtype, meta=True)
+    encoder = build_vision(config.vision, dtype, meta=True)
+    cached = config.vision.cache  # features come from disk
+    model = build_model(config.model, dtype, meta=True, vision=encoder if cached else None)
     freeze(model, config.stage)
-    if config.vision.cache:  # its features come from disk
-        features = (model.vision.num_patches, model.vision.feature_width)
-        model.vision = None
-    else:
-        features = (3, model.vision.image_size, model.vision.image_size)
+    side = encoder.image_size
+    features = (encoder.num_patches, encoder.feature_width) if cached else (3, side, side)
     saved = _Saved(model, dtype)
     saved.trace(load, features)
     return replace(states(model, config, world_size), activations=saved.all(), checkpointed=saved.checkpointed())
@@ -266,7 +265,8 @@ class _Saved:
             conditioning = Conditioning(tokens=per_sample, token_mask=torch.ones(per_sample.shape[:2]).long())
         else:
             conditioning = model.connector(features, batch.image_to_sample, batch.image_weight, load.samples)
-            for factor in conditioning.weights.a.values():  # inputs of the layers: recomputation does not free them
+            factors = {} if conditioning.weights is None else conditioning.weights.a
+            for factor in factors.values():  # inputs of the layers: recomputation does not free them
                 self._count(factor)
                 self.transient += factor.nbytes  # and their gradients, collected by the backward pass
         inputs, visual = model._llm_inputs(batch, conditioning)

@@ -124,7 +124,8 @@ def varied(predictions: list[dict[str, Any]], count: int) -> list[dict[str, Any]
     by_type: dict[str, list[dict[str, Any]]] = {}
     for item in predictions:
         by_type.setdefault(item["type"], []).append(item)
-    chosen, seen = [], set()
+    chosen: list[dict[str, Any]] = []
+    seen: set[str] = set()
     for turn in zip(*by_type.values(), strict=False):
         for item in turn:
             if item["sample"] not in seen and len(chosen) < count:

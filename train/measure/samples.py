@@ -16,7 +16,7 @@ from train.data import EvalLoader
 from train.engine.engine import Engine
 from train.measure.tracking import Tracker
 
-COLUMNS = ["image", "question", "answer", "prediction"]
+COLUMNS: list[str | int] = ["image", "question", "answer", "prediction"]
 
 
 @torch.no_grad()
@@ -26,7 +26,7 @@ def predict(
     """Answers to the loader's prompts. Collective: every rank runs the same batches, as ZeRO-3 needs."""
     model = engine.model
     model.eval()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for evaluation in loader:
         out = model.generate(
             evaluation.batch.to(engine.device),

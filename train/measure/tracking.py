@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import write_atomically
-from train.config import RunConfig
+from train.config import RunConfig, TrackingConfig
 
 METRICS = "metrics.jsonl"
 
@@ -33,9 +33,19 @@ class Tracker:
         self.path = run_dir / METRICS
         _drop_after(self.path, resumed_step)
         self._stream = self.path.open("a", buffering=1)
-        self._wandb = None
+        self._wandb: Any = None
         if config.tracking.wandb != "disabled":
-            self._wandb = _start_wandb(config, run_dir, record, facts)
+            known = {"git_commit": record["git_commit"], "versions": record["versions"]}
+            self._wandb = start_wandb(
+                config.tracking,
+                run_dir,
+                config.tracking.name or record["name"],
+                tags=config.tracking.tags,
+                id=record["id"],
+                resume="allow",
+                config={**asdict(config), **known, **facts},
+            )
+            self._wandb.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Write one record of numbers."""
@@ -44,7 +54,7 @@ class Tracker:
             # Not wandb's own step: it shifts or drops records of a step it has seen before.
             self._wandb.log({"step": step, **values})
 
-    def table(self, step: int, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+    def table(self, step: int, name: str, columns: list[str | int], rows: list[list[Any]]) -> None:
         """Log a table whose cells may be PIL images (wandb only; files are the caller's)."""
         if self._wandb is None:
             return
@@ -70,25 +80,27 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _start_wandb(config: RunConfig, run_dir: Path, record: dict[str, Any], facts: dict[str, Any]) -> Any:
+def start_wandb(tracking: TrackingConfig, folder: Path, name: str, **options: Any) -> Any:
+    """A new wandb run, as `tracking` asks for; its files go below `folder`.
+
+    Args:
+        name: Of the run.
+        options: Further ones of `wandb.init`.
+    """
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    tracking = config.tracking
-    run = wandb.init(
-        mode=tracking.wandb,
+    mode: Any = tracking.wandb
+    settings = wandb.Settings(x_disable_stats=True, console="off")
+    return wandb.init(
+        mode=mode,
         project=tracking.project,
         group=tracking.group,
-        name=tracking.name or record["name"],
-        tags=tracking.tags,
-        id=record["id"],
-        resume="allow",
-        dir=str(run_dir),
-        config={**asdict(config), "git_commit": record["git_commit"], "versions": record["versions"], **facts},
-        settings=wandb.Settings(x_disable_stats=True, console="off"),
+        name=name,
+        dir=str(folder),
+        settings=settings,
+        **options,
     )
-    run.define_metric("*", step_metric="step")
-    return run
 
 
 def _drop_after(path: Path, step: int) -> None:

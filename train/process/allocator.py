@@ -13,8 +13,9 @@ def keep_freed_memory() -> None:
     on CPU. Where there is no glibc, nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    for parameter, value in _MALLOPT.items() if mallopt else ():
-        mallopt(parameter, value)
+    if mallopt is not None:
+        for parameter, value in _MALLOPT.items():
+            mallopt(parameter, value)
 
 
 def return_freed_memory() -> None:

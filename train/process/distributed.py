@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
@@ -93,7 +94,7 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def reduce(values: list[float], device: torch.device, op: str = "sum") -> list[float]:
+def reduce(values: Sequence[float], device: torch.device, op: str = "sum") -> list[float]:
     """All-reduce a few numbers in fp64; `op` is sum, max or min."""
     if world_size() == 1:
         return list(values)

@@ -16,6 +16,7 @@ import secrets
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -69,9 +70,7 @@ def create(config: RunConfig) -> Path:
 
 
 def _require_same(old: RunConfig, new: RunConfig, path: Path) -> None:
-    from omegaconf import OmegaConf
-
-    before, after = (OmegaConf.to_container(OmegaConf.structured(c)) for c in (old, new))
+    before, after = asdict(old), asdict(new)
     for key in _flat(after) | _flat(before):
         fixed = _MAY_CHANGE.isdisjoint((key, key.split(".")[0]))
         if fixed and _at(before, key) != _at(after, key):
@@ -82,16 +81,17 @@ def _require_same(old: RunConfig, new: RunConfig, path: Path) -> None:
 
 
 def _flat(tree: dict, prefix: str = "") -> set[str]:
-    keys = set()
+    keys: set[str] = set()
     for key, value in tree.items():
         keys |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key}
     return keys
 
 
 def _at(tree: dict, key: str) -> object:
+    value: object = tree
     for part in key.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def read_record(path: Path) -> dict:

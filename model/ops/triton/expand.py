@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -84,7 +85,7 @@ def expand_kernel(
         tl.store(out, round_to(acc, dx.dtype.element_ty), mask=in_rows & (ks < d_in)[None, :])
 
 
-def expand(dz: Tensor, a: Sequence[Tensor], segments: Segments, **tile) -> Tensor:
+def expand(dz: Tensor, a: Sequence[Tensor], segments: Segments, **tile: Any) -> Tensor:
     """`Σ_g dz_g A_gᵀ` [T, d_in]: the low-rank part of dx. dz [G, T, r] contiguous; a: at most 3 of [S, d_in, r]."""
     a = same_strides(a)
     (_, tokens, r), d_in = dz.shape, a[0].shape[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -76,7 +78,7 @@ def factor_grad_kernel(
         tl.store(out + 2 * da_group, round_to(acc2, da.dtype.element_ty), mask=mask)
 
 
-def factor_grad(x: Tensor, dz: Tensor, segments: Segments, **tile) -> Tensor:
+def factor_grad(x: Tensor, dz: Tensor, segments: Segments, **tile: Any) -> Tensor:
     """`dA_g = x_sᵀ dz_g` [G, S, d_in, r] for every sample, exactly zero for samples without tokens.
 
     x [T, d_in]; dz [G, T, r] contiguous.

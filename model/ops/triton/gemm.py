@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -133,7 +135,7 @@ def gemm_lowrank(
     *,
     bias: Tensor | None = None,
     add_to: Tensor | None = None,
-    **tile,
+    **tile: Any,
 ) -> Tensor:
     """`x Wᵀ + bias + z L` [T, n] in one kernel.
 
@@ -147,6 +149,8 @@ def gemm_lowrank(
         add_to: [T, n] contiguous, accumulated into and returned.
         tile: Overrides block sizes, `GROUP_M`, `num_warps` and `num_stages`.
     """
+    if low.dim() == 3 and segments is None:
+        raise ValueError("a per-sample factor needs the segments that say whose it is")
     x = rows_contiguous(x)
     (tokens, d), n, r = x.shape, w.shape[0], z.shape[1]
     y = torch.empty(tokens, n, dtype=x.dtype, device=x.device) if add_to is None else add_to
@@ -162,8 +166,7 @@ def gemm_lowrank(
             low,
             x if bias is None else bias,
             y,
-            token_segment(segments, tokens) if per_sample else x,
-            segments.sample if per_sample else x,
+            *((token_segment(segments, tokens), segments.sample) if segments is not None and per_sample else (x, x)),
             tokens,
             n,
             d,

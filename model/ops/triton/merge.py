@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -83,7 +84,7 @@ def merge(
     b: Sequence[Tensor],
     scale: float,
     starts: Sequence[int] | None = None,
-    **tile,
+    **tile: Any,
 ) -> None:
     """Write `W + scale * (A B)ᵀ` of every source to its target, P matrices or pieces of matrices in one launch.
 

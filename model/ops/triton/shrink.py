@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -97,7 +98,7 @@ def shrink_kernel(
             tl.store(out + 2 * z_group, round_to(acc2 * scale, z.dtype.element_ty), mask=mask)
 
 
-def shrink(x: Tensor, a: Sequence[Tensor], scale: float, segments: Segments, **tile) -> Tensor:
+def shrink(x: Tensor, a: Sequence[Tensor], scale: float, segments: Segments, **tile: Any) -> Tensor:
     """`z_g = scale * x A_g` [G, T, r] in the dtype of x; zero for tokens without a sample.
 
     x [T, d_in]; a: G of [S, d_in, r]; `tile` overrides block sizes, `num_warps` and `num_stages`.
