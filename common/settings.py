@@ -114,7 +114,7 @@ def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     )
 
 
-def keys(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, Allowed, str]]:
+def keys(schema: Any, prefix: str = "") -> Iterator[tuple[str, Any, Allowed, str]]:
     """Every dotted key of a tree of dataclasses, depth first: name, type, what it may hold, documentation.
 
     The keys of a list's elements are named `LIST[].KEY`.
