@@ -22,11 +22,9 @@ from typing import Any
 
 from data_prep.store.errors import DataError
 from data_prep.store.sample import Dialogue, Dropped, Sample
+from data_prep.text import answers
+from data_prep.text.answers import COLORS, SHAPES
 from data_prep.text.dialogues import exchange
-
-SHAPES = ("circle", "rectangle", "triangle")
-COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
-ANSWER_TYPES = ("shape", "color", "yesno")
 
 _STATED = re.compile(
     r"(?:does the image (?P<not1>not )?contain a|is (?:a|(?P<not2>no))(?=.* present)|is there (?P<not3>not )?a) "
@@ -41,13 +39,9 @@ def answer_type(answer: str) -> str:
     Raises:
         DataError: not one of the 13 answers.
     """
-    if answer in SHAPES:
-        return "shape"
-    if answer in COLORS:
-        return "color"
-    if answer in ("yes", "no"):
-        return "yesno"
-    raise DataError(f"easy-VQA has no answer {answer!r}; there are {', '.join((*SHAPES, *COLORS, 'yes', 'no'))}")
+    if (kind := answers.answer_type(answer)) in answers.KINDS:
+        return kind
+    raise DataError(f"easy-VQA has no answer {answer!r}; there are {', '.join(sum(answers.KINDS.values(), ()))}")
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
-from data_prep.sources import easy_vqa
-from data_prep.store.errors import DataError
+from data_prep.text import answers
 
 
 @dataclass(frozen=True)
@@ -63,11 +62,7 @@ def normalise(answer: str) -> str:
 
 def answer_type(answer: str) -> str:
     """Kind of a reference answer: easy-VQA's `shape`, `color`, `yesno`; of others `number` or `other`, as in VQAv2."""
-    text = normalise(answer)
-    try:
-        return easy_vqa.answer_type(text)
-    except DataError:
-        return "number" if text.isdigit() else "other"
+    return answers.answer_type(normalise(answer))
 
 
 def accuracy(questions: list[Question], predictions: list[str]) -> dict[str, Accuracy]:
