@@ -33,7 +33,7 @@ class Allowed:
 
     def __str__(self) -> str:
         if self.choices is not None:
-            return "one of " + ", ".join(_shown(choice) for choice in self.choices)
+            return "one of " + ", ".join(shown(choice) for choice in self.choices)
         if self.within is None:
             return ""
         low, high, above, below = _bounds(self.within)
@@ -107,10 +107,10 @@ def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """
     if any(value == choice and type(value) is type(choice) for choice in choices):  # 1 is not true
         return
-    known = [_shown(choice) for choice in choices]
-    near = difflib.get_close_matches(_shown(value), known, n=1)
+    known = [shown(choice) for choice in choices]
+    near = difflib.get_close_matches(shown(value), known, n=1)
     raise ConfigError(
-        f"{name}={_shown(value)}: choose one of {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else "")
+        f"{name}={shown(value)}: choose one of {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else "")
     )
 
 
@@ -175,7 +175,7 @@ def _optional(schema: type, name: str) -> bool:
     return type(None) in get_args(get_type_hints(schema)[name])
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """As YAML and the command line write it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]

@@ -15,12 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from common.files import digest
+from common.settings import check
 from data_prep.store.errors import DataError
 from data_prep.store.images import WHITE, open_image, to_rgb
 from model.config import VisionConfig
 
-MODES = ("resize", "crop", "pad", "tiles")
-TRANSPARENT = ("white", "mean", "drop")
 MAX_CANVAS = 64 << 20
 """Pixels of the largest picture made on the way to a view. Long strips would need more (a file of a hundred bytes, some
 gigabytes): they are cut or scaled in another order than the processors have, which only rounds differently."""
@@ -256,15 +255,11 @@ def load_preprocessor(vision: VisionConfig) -> PixelPreprocessor:
             ratio of shortest edge to crop) and `max_tiles` are read.
 
     Raises:
-        DataError: no such file, an unknown mode, or fewer than two tiles.
+        ConfigError: a value that a key does not take.
+        DataError: no such file.
     """
+    check(vision, "vision.")
     path, mode, size = vision.path, vision.image_mode, vision.image_size
-    if mode not in MODES:
-        raise DataError(f"vision.image_mode={mode}: no such mode; there are {', '.join(MODES)}")
-    if vision.transparent not in TRANSPARENT:
-        raise DataError(f"vision.transparent={vision.transparent}: choose one of {', '.join(TRANSPARENT)}")
-    if vision.max_tiles < 2:
-        raise DataError(f"vision.max_tiles={vision.max_tiles}: at least 2; one view per image is image_mode=pad")
     settings = _settings(path)
     resized = settings.get("size", {})
     if isinstance(resized, int):

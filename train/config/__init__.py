@@ -1,7 +1,9 @@
 """The run's configuration: typed, checked as a whole before anything starts, and the same for every rank."""
 
-from train.config.check import ConfigError, accumulation, validate
-from train.config.compose import explain, load, parse_options, resolve, save, schema_keys
+from common.errors import ConfigError
+from common.options import parse_options
+from train.config.check import accumulation, validate
+from train.config.compose import explain, load, resolve, save, schema_keys
 from train.config.schema import (
     DTYPES,
     EngineConfig,

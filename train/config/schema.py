@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from common.errors import ConfigError
+from common.settings import setting
 from model.config import (
     ConnectorConfig,
     GeneratorConfig,
@@ -21,6 +23,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Of `engine.precision`."""
 STAGES = ("pretrain", "finetune")
 OPTIMIZERS = ("adamw", "deepspeed_cpu_adam", "deepspeed_fused_adam", "apex_fused_adam")
+SCHEDULES = ("cosine", "constant")
+COMPILERS = ("inductor", "aot_eager")
+WANDB = ("online", "offline", "disabled")
+_RATE = "(0, 10]"
+_COUNT = "[1, 1e9]"
+_ELEMENTS = "[1, 1e13]"
 
 
 @dataclass
@@ -44,9 +52,9 @@ class StageConfig:
         freeze: Glob patterns of parameter names kept frozen all the same, e.g. `llm.model.embed_tokens.*`.
     """
 
-    name: str = "pretrain"
-    steps: int | None = None
-    epochs: float | None = 1.0
+    name: str = setting("pretrain", choices=STAGES)
+    steps: int | None = setting(None, within=_COUNT)
+    epochs: float | None = setting(1.0, within="(0, 1e6]")
     train: TrainedParts = field(default_factory=TrainedParts)
     freeze: list[str] = field(default_factory=list)
 
@@ -63,11 +71,11 @@ class LearningRates:
         vision: The vision encoder.
     """
 
-    connector: float = 5e-5
-    heads: float | None = None
-    output_factors: float | None = None
-    llm: float | None = None
-    vision: float | None = None
+    connector: float = setting(5e-5, within=_RATE)
+    heads: float | None = setting(None, within=_RATE)
+    output_factors: float | None = setting(None, within=_RATE)
+    llm: float | None = setting(None, within=_RATE)
+    vision: float | None = setting(None, within=_RATE)
 
 
 @dataclass
@@ -85,15 +93,24 @@ class OptimConfig:
         grad_clip: Largest gradient norm; 0: no clipping.
     """
 
-    name: str = "adamw"
+    name: str = setting("adamw", choices=OPTIMIZERS)
     lr: LearningRates = field(default_factory=LearningRates)
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    schedule: str = "cosine"
-    warmup_ratio: float = 0.03
-    min_lr_ratio: float = 0.0
-    grad_clip: float = 1.0
+    betas: list[float] = setting(factory=lambda: [0.9, 0.999], within="[0, 1)")
+    eps: float = setting(1e-8, within="(0, 1]")
+    weight_decay: float = setting(0.0, within="[0, 10]")
+    schedule: str = setting("cosine", choices=SCHEDULES)
+    warmup_ratio: float = setting(0.03, within="[0, 1)")
+    min_lr_ratio: float = setting(0.0, within="[0, 1]")
+    grad_clip: float = setting(1.0, within="[0, 1e6]")
+
+    def check(self, prefix: str) -> None:
+        """Two betas.
+
+        Raises:
+            ConfigError: another number of them.
+        """
+        if len(self.betas) != 2:
+            raise ConfigError(f"{prefix}betas={self.betas}: give two numbers")
 
 
 @dataclass
@@ -119,23 +136,23 @@ class EngineConfig:
         deterministic: Deterministic algorithms only.
     """
 
-    zero_stage: int = 3
-    precision: str = "bf16"
-    micro_batch_size: int | None = None
-    gradient_checkpointing: Any = False
-    compile: str | None = None
-    memory_gib: float | None = None
+    zero_stage: int = setting(3, choices=(0, 1, 2, 3))
+    precision: str = setting("bf16", choices=tuple(DTYPES))
+    micro_batch_size: int | None = setting(None, within=_COUNT)
+    gradient_checkpointing: Any = setting(False, choices=(True, False, "auto"))
+    compile: str | None = setting(None, choices=COMPILERS)
+    memory_gib: float | None = setting(None, within="(0, 1e6]")
     overlap_comm: bool = True
     reduce_scatter: bool = True
-    reduce_dtype: str | None = None
-    reduce_bucket_size: int = 50_000_000
-    prefetch_bucket_size: int = 50_000_000
-    persistence_threshold: int = 100_000
-    max_live_parameters: int = 1_000_000_000
-    sub_group_size: int = 1_000_000_000
+    reduce_dtype: str | None = setting(None, choices=tuple(DTYPES))
+    reduce_bucket_size: int = setting(50_000_000, within=_ELEMENTS)
+    prefetch_bucket_size: int = setting(50_000_000, within=_ELEMENTS)
+    persistence_threshold: int = setting(100_000, within="[0, 1e13]")
+    max_live_parameters: int = setting(1_000_000_000, within=_ELEMENTS)
+    sub_group_size: int = setting(1_000_000_000, within=_ELEMENTS)
     offload_optimizer: bool = False
-    timeout_minutes: float = 30.0
-    max_skipped_steps: int = 5
+    timeout_minutes: float = setting(30.0, within="[0.1, 1e5]")
+    max_skipped_steps: int = setting(5, within=_COUNT)
     deterministic: bool = True
 
 
@@ -150,9 +167,9 @@ class LaunchConfig:
         threads_per_worker: CPU threads of each; null: cores divided by workers.
     """
 
-    mode: str = "local"
-    workers: int | None = None
-    threads_per_worker: int | None = None
+    mode: str = setting("local", choices=("local", "none"))
+    workers: int | None = setting(None, within="[1, 65536]")
+    threads_per_worker: int | None = setting(None, within="[1, 1024]")
 
 
 @dataclass
@@ -164,8 +181,8 @@ class CheckpointConfig:
         keep: Complete checkpoints kept.
     """
 
-    every: int | None = 500
-    keep: int = 2
+    every: int | None = setting(500, within=_COUNT)
+    keep: int = setting(2, within=_COUNT)
 
 
 @dataclass
@@ -182,16 +199,31 @@ class TrackingConfig:
         min_image_share: Warn when the share of A's energy that varies with the image falls below it.
     """
 
-    wandb: str = "offline"
+    wandb: str = setting("offline", choices=WANDB)
     project: str = "vlora"
     group: str | None = None
     name: str | None = None
     tags: list[str] = field(default_factory=list)
-    log_every: int = 10
-    weights_every: int = 50
-    samples_every: int | None = None
-    num_samples: int = 16
-    min_image_share: float = 0.01
+    log_every: int = setting(10, within=_COUNT)
+    weights_every: int = setting(50, within=_COUNT)
+    samples_every: int | None = setting(None, within=_COUNT)
+    num_samples: int = setting(16, within="[1, 1000]")
+    min_image_share: float = setting(0.01, within="[0, 1]")
+
+    def check(self, prefix: str) -> None:
+        """What wandb takes.
+
+        Raises:
+            ConfigError: a character or a length that it refuses.
+        """
+        if wrong := sorted(set(self.project) & set("/\\#?%:")):
+            raise ConfigError(f"{prefix}project={self.project}: wandb allows no {' '.join(wrong)} in it")
+        for key, longest in (("project", 128), ("group", 128), ("name", 128)):
+            if len(getattr(self, key) or "") > longest:
+                raise ConfigError(f"{prefix}{key}={getattr(self, key)}: wandb allows {longest} characters at most")
+        for tag in self.tags:
+            if len(tag) > 64:
+                raise ConfigError(f"{prefix}tags={tag}: wandb allows 64 characters at most")
 
 
 @dataclass
@@ -205,10 +237,10 @@ class EvaluationConfig:
         val_dialogues: Held-out dialogues for the validation loss at the end of a stage.
     """
 
-    batch_size: int = 64
-    max_new_tokens: int = 16
-    max_samples: int | None = None
-    val_dialogues: int | None = 256
+    batch_size: int = setting(64, within="[1, 1e6]")
+    max_new_tokens: int = setting(16, within="[1, 1e6]")
+    max_samples: int | None = setting(None, within=_COUNT)
+    val_dialogues: int | None = setting(256, within=_COUNT)
 
 
 @dataclass
@@ -237,11 +269,11 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    seed: int = 0
-    init_from: str | None = None
-    run_dir: str | None = None
-    output_root: str = "outputs"
-    cache_dir: str = ".cache"
+    seed: int = setting(0, within="[0, 4294967295]")
+    init_from: str | None = setting(None, path=True)
+    run_dir: str | None = setting(None, path=True)
+    output_root: str = setting("outputs", path=True)
+    cache_dir: str = setting(".cache", path=True)
     check: bool = False
 
     @property

@@ -13,8 +13,6 @@ import numpy as np
 
 from train.data.order import Draws, MixtureOrder, Permutation
 
-GROUPINGS = ("none", "length", "length_modality")
-
 Sizes = Callable[[Draws], tuple[np.ndarray, np.ndarray]]
 """Images [n] and length [n] (any unit) of drawn samples."""
 
@@ -30,18 +28,11 @@ class Batching:
         window: Steps whose samples are grouped together.
         sizes: What to group by.
         seed: Chooses the order of the steps in a window.
-
-    Raises:
-        ValueError: unknown `group_by`, or `window` below 1.
     """
 
     def __init__(
         self, order: MixtureOrder, batch_size: int, group_by: str, window: int, sizes: Sizes, seed: int
     ) -> None:
-        if group_by not in GROUPINGS:
-            raise ValueError(f"data.group_by={group_by}: choose {', '.join(GROUPINGS)}")
-        if window < 1:
-            raise ValueError(f"data.group_window={window}: at least one step")
         self.order, self.batch_size, self.group_by, self.window = order, batch_size, group_by, window
         self.sizes, self.seed = sizes, seed
         self._latest: tuple[int, list[Draws]] | None = None

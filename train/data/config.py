@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from common.errors import ConfigError
+from common.settings import setting
+from data_prep.text.templates import NAMES
+
+GROUPINGS = ("none", "length", "length_modality")
+
 
 @dataclass
 class SourceConfig:
@@ -14,8 +20,8 @@ class SourceConfig:
         weight: Passes over it per epoch; 0.5 takes another half of it each epoch, 2 all of it twice.
     """
 
-    path: str = "???"
-    weight: float = 1.0
+    path: str = setting("???", path=True)
+    weight: float = setting(1.0, within="(0, 1e4]")
 
 
 @dataclass
@@ -26,6 +32,8 @@ class DataConfig:
         root: Folder of prepared data.
         train: Sources of the training mixture.
         val, test: Folders of the splits to evaluate on, below `root` unless absolute.
+        expected_length: Tokens of the longest row, to plan memory with (`check=true`) where data or tokenizer are not
+            on this machine; null: they have to be.
         batch_size: Samples (image sets) of one optimizer step, over all ranks and micro-batches.
         group_by: Which samples share a step and how they are dealt to ranks and micro-batches (`Batching`): `none`,
             as the order has them; `length`; `length_modality`, samples with and without images apart.
@@ -41,25 +49,35 @@ class DataConfig:
         on_corrupt_shard: `fail` when a shard to train on turns out unreadable, or `drop` all its samples (reported
             once); evaluation always fails.
         pad_to_multiple: Row length is padded to a multiple of this.
-        num_workers: Loader processes per rank; 0 loads in the training process.
+        num_workers: Loader processes per rank; 0 loads in the training process (docs/loader.md: what they cost).
         prefetch: Steps that each loader process prepares ahead; a rank holds at most `num_workers * prefetch` of them
             in shared memory.
     """
 
-    root: str = ".cache/data"
+    root: str = setting(".cache/data", path=True)
     train: list[SourceConfig] = field(default_factory=list)
-    val: str | None = None
-    test: str | None = None
-    batch_size: int = 32
-    group_by: str = "none"
-    group_window: int = 16
-    tokens_per_micro_batch: int | None = None
-    dialogues_per_sample: int | None = None
-    template: str = "chat"
-    caption_template: str | None = None
-    max_length: int | None = 2048
-    on_too_long: str = "fail"
-    on_corrupt_shard: str = "fail"
-    pad_to_multiple: int = 1
-    num_workers: int = 0
-    prefetch: int = 2
+    val: str | None = setting(None, path=True)
+    test: str | None = setting(None, path=True)
+    expected_length: int | None = setting(None, within="[1, 1e7]")
+    batch_size: int = setting(32, within="[1, 1e7]")
+    group_by: str = setting("none", choices=GROUPINGS)
+    group_window: int = setting(16, within="[1, 1e6]")
+    tokens_per_micro_batch: int | None = setting(None, within="[1, 1e9]")
+    dialogues_per_sample: int | None = setting(None, within="[1, 1e6]")
+    template: str = setting("chat", choices=NAMES)
+    caption_template: str | None = setting(None, choices=NAMES)
+    max_length: int | None = setting(2048, within="[1, 1e7]")
+    on_too_long: str = setting("fail", choices=("fail", "drop"))
+    on_corrupt_shard: str = setting("fail", choices=("fail", "drop"))
+    pad_to_multiple: int = setting(1, within="[1, 65536]")
+    num_workers: int = setting(0, within="[0, 256]")
+    prefetch: int = setting(2, within="[1, 1000]")
+
+    def check(self, prefix: str) -> None:
+        """Something to train on.
+
+        Raises:
+            ConfigError: no source.
+        """
+        if not self.train:
+            raise ConfigError(f"{prefix}train is empty: name at least one prepared split")

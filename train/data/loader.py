@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
+from common import settings
 from common.files import digest
 from data_prep.store.errors import CorruptShardError, DataError
 from data_prep.store.pixels import ImageInput
@@ -53,10 +54,8 @@ def make_text(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Text:
     """Text encoders of the configuration.
 
     Raises:
-        DataError: unknown template or policy.
+        DataError: a template that does not go with the tokenizer.
     """
-    if config.on_too_long not in ("fail", "drop"):
-        raise DataError(f"data.on_too_long={config.on_too_long}: choose fail or drop")
     caption = config.caption_template
     return Text(
         TextEncoder(tokenizer, config.template, config.max_length),
@@ -218,7 +217,8 @@ class TrainLoader:
         corrupt: Shards left out as unreadable that this process met.
 
     Raises:
-        DataError: no sources, an unknown option, a split that is not prepared, or sizes that do not divide.
+        ConfigError: no sources, or an option with a value that it does not take.
+        DataError: a split that is not prepared, or sizes that do not divide.
     """
 
     def __init__(
@@ -232,19 +232,12 @@ class TrainLoader:
         accumulation: int = 1,
         image_tokens: int = 0,
     ) -> None:
-        if not config.train:
-            raise DataError("data.train is empty: name at least one prepared split")
+        settings.check(config, "data.")
         if config.batch_size % (world_size * accumulation):
             raise DataError(
                 f"data.batch_size={config.batch_size} does not divide among {world_size} ranks "
                 f"with {accumulation} micro-batches each"
             )
-        if config.dialogues_per_sample is not None and config.dialogues_per_sample < 1:
-            raise DataError(f"data.dialogues_per_sample={config.dialogues_per_sample}: at least 1, or null for all")
-        if config.tokens_per_micro_batch is not None and config.tokens_per_micro_batch < 1:
-            raise DataError(f"data.tokens_per_micro_batch={config.tokens_per_micro_batch}: at least 1, or null")
-        if config.on_corrupt_shard not in ("fail", "drop"):
-            raise DataError(f"data.on_corrupt_shard={config.on_corrupt_shard}: choose fail or drop")
         self.config = config
         self.splits = [open_train_split(config, source.path) for source in config.train]
         try:
@@ -254,10 +247,7 @@ class TrainLoader:
         except ValueError as error:
             raise DataError(f"data.train: {error}") from error
         sizes = _Sizes(self.splits, config.dialogues_per_sample)
-        try:
-            self.batching = Batching(self.order, config.batch_size, config.group_by, config.group_window, sizes, seed)
-        except ValueError as error:
-            raise DataError(str(error)) from error
+        self.batching = Batching(self.order, config.batch_size, config.group_by, config.group_window, sizes, seed)
         text = make_text(config, tokenizer)
         self._steps = _Steps(
             self.splits, self.batching, text, image, config, seed, rank, world_size, accumulation, image_tokens

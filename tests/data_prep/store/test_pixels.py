@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import BitImageProcessor, CLIPImageProcessor, LlavaNextImageProcessor
 
+from common.errors import ConfigError
 from data_prep.store import pixels as pixels_module
 from data_prep.store.errors import DataError
 from data_prep.store.pixels import MAX_CANVAS, PixelPreprocessor, grids, load_preprocessor
@@ -167,9 +168,9 @@ def test_fingerprint_follows_what_the_mode_reads():
 
 
 def test_unknown_image_mode_and_missing_settings(tmp_path):
-    with pytest.raises(DataError, match="image_mode=stretch.*resize, crop, pad, tiles"):
+    with pytest.raises(ConfigError, match="image_mode=stretch.*crop, resize, pad, tiles"):
         load_preprocessor(vision(tmp_path, "stretch"))
-    with pytest.raises(DataError, match="max_tiles=1: at least 2"):
+    with pytest.raises(ConfigError, match="max_tiles=1: must be at least 2"):
         load_preprocessor(vision(tmp_path, "tiles", max_tiles=1))
     with pytest.raises(DataError, match="preprocessor_config.json is missing"):
         load_preprocessor(vision(tmp_path, "crop"))

@@ -123,13 +123,6 @@ def test_tokens_of_few_or_dropped_samples():
     assert len(dealt) == 1 and sorted(n for part in dealt[0] for n in part) == [0, 1, 2, 3]
 
 
-def test_bad_configuration():
-    with pytest.raises(ValueError, match=r"data.group_by=modality: choose none, length, length_modality"):
-        batching("modality")
-    with pytest.raises(ValueError, match="data.group_window=0"):
-        batching("length", window=0)
-
-
 def test_a_million_samples():
     order = MixtureOrder([MILLION], [1.0], seed=1)
     first, second = order(0, MILLION).sample, order(MILLION, MILLION).sample

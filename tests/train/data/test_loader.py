@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer
 
+from common.errors import ConfigError
 from data_prep.parts import builtin as parts
 from data_prep.store.errors import DataError
 from data_prep.store.manifest import build_manifest, read_receipt, write_manifest
@@ -400,19 +401,20 @@ def test_too_long_fails_or_is_counted(root, tokenizer):
     [
         ({"train": []}, "data.train is empty"),
         ({"train": [SourceConfig("nowhere")]}, "nowhere is no prepared split"),
-        ({"train": [SourceConfig("a", 0.0)]}, "must be above 0"),
+        ({"train": [SourceConfig("a", 0.0)]}, r"data\.train\[0\]\.weight=0\.0: must be above 0"),
+        ({"train": [SourceConfig("a", 1e-6)]}, "each must be above 0"),
         ({"batch_size": 13}, "does not divide among 2 ranks"),
-        ({"template": "chatml"}, "template=chatml"),
+        ({"template": "chatml"}, "data.template=chatml: choose one of plain, .*chat"),
         ({"on_too_long": "cut"}, "on_too_long=cut"),
         ({"dialogues_per_sample": 0}, "dialogues_per_sample=0"),
-        ({"group_by": "size"}, "data.group_by=size: choose none, length, length_modality"),
+        ({"group_by": "size"}, "data.group_by=size: choose one of none, length, length_modality"),
         ({"tokens_per_micro_batch": 0}, "data.tokens_per_micro_batch=0"),
         ({"group_window": 0}, "data.group_window=0"),
-        ({"on_corrupt_shard": "skip"}, "on_corrupt_shard=skip: choose fail or drop"),
+        ({"on_corrupt_shard": "skip"}, "on_corrupt_shard=skip: choose one of fail, drop"),
     ],
 )
 def test_bad_configuration(root, tokenizer, changes, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises((ConfigError, DataError), match=message):
         TrainLoader(config(root, **changes), tokenizer, PIXELS, world_size=2)
 
 
