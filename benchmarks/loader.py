@@ -32,7 +32,7 @@ from data_prep.parts.tiny_llm import build_tokenizer
 from data_prep.store.pixels import grids
 from data_prep.store.sample import Sample
 from data_prep.store.writer import write_split
-from data_prep.text.templates import Encoded
+from data_prep.text.encoder import Encoded
 from model.config import VisionConfig
 from train.data import DataConfig, PixelPreprocessor, SourceConfig, TrainLoader, load_preprocessor
 from train.data.collate import Piece, collate

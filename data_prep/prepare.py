@@ -295,7 +295,7 @@ def _token_counter(options: Options) -> Callable[[Dialogue], tuple[int, int]] | 
 def _counter(tokenizer: str, template: str) -> Callable[[Dialogue], tuple[int, int]]:
     from transformers import AutoTokenizer
 
-    from data_prep.text.templates import TextEncoder
+    from data_prep.text.encoder import TextEncoder
     from model.batch import IGNORE
 
     encoder = TextEncoder(AutoTokenizer.from_pretrained(tokenizer), template)

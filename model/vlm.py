@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -139,8 +141,18 @@ class VisionLanguageModel(nn.Module):
             compile_forward(layer, backend=backend)
 
     @torch.no_grad()
-    def generate(self, batch: Batch, max_new_tokens: int, pad_token_id: int, eos_token_id: int) -> Tensor:
-        """Greedy continuation of left-padded prompts: int64 [R, <= max_new_tokens], padded after the end."""
+    def generate(
+        self, batch: Batch, max_new_tokens: int, pad_token_id: int, answer_end: Sequence[int], **options: Any
+    ) -> Tensor:
+        """Continuation of left-padded prompts, greedy by default: int64 [R, <= max_new_tokens], padded after the end.
+
+        Args:
+            batch: Prompts, with images or without.
+            max_new_tokens: Longest continuation, its end included.
+            pad_token_id: What follows an answer that ended before others.
+            answer_end: Tokens of which any ends an answer: those of the text encoder, not the tokenizer's `eos_token`.
+            options: Of transformers' `generate`: sampling (`do_sample=True, temperature=0.7`), `streamer`.
+        """
         conditioning = self.condition(batch) if batch.has_image else None
         inputs, _ = self._llm_inputs(batch, conditioning)
         weights = inputs.pop("perceptual_weights", None)
@@ -149,11 +161,10 @@ class VisionLanguageModel(nn.Module):
         with pin:
             out = self.llm.generate(
                 **inputs,
+                **{"do_sample": False, "use_cache": True} | options,
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
-                use_cache=True,
                 pad_token_id=pad_token_id,
-                eos_token_id=eos_token_id,
+                eos_token_id=list(answer_end),
             )
         return out if "inputs_embeds" in inputs else out[:, batch.input_ids.shape[1] :]
 

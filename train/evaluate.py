@@ -27,6 +27,7 @@ from transformers import AutoTokenizer
 from common.errors import run_cli
 from common.files import write_atomically
 from data_prep.store.split import Split
+from model.generation import answers
 from model.loading import fingerprint
 from model.ops import set_backend, set_merge
 from model.vlm import VisionLanguageModel, build_model
@@ -92,7 +93,7 @@ def load_model(config: RunConfig, run: Path, device: torch.device) -> VisionLang
 
 
 def answer(
-    model: VisionLanguageModel, loader: EvalLoader, tokenizer: Any, max_new_tokens: int, device: torch.device
+    model: VisionLanguageModel, loader: EvalLoader, max_new_tokens: int, device: torch.device
 ) -> list[dict[str, Any]]:
     """One record per question of this rank: sample, dialogue, question, answer, prediction."""
     records = []
@@ -100,9 +101,8 @@ def answer(
         if not evaluation.items:
             continue
         batch = evaluation.batch.to(device, next(model.parameters()).dtype)
-        out = model.generate(batch, max_new_tokens, loader.text.dialogue.pad_id, tokenizer.eos_token_id)
-        for item, ids in zip(evaluation.items, out.tolist(), strict=True):
-            text = loader.text.dialogue.decode(ids)
+        texts = answers(model, batch, evaluation.encoders, max_new_tokens)
+        for item, text in zip(evaluation.items, texts, strict=True):
             records.append({**asdict(item), "prediction": text})
     return records
 
@@ -154,7 +154,7 @@ def main() -> int:
     )
     model = load_model(config, run, device)
     started = time.perf_counter()
-    records = answer(model, loader, tokenizer, options.max_new_tokens or config.evaluation.max_new_tokens, device)
+    records = answer(model, loader, options.max_new_tokens or config.evaluation.max_new_tokens, device)
     seconds = time.perf_counter() - started
     if world > 1:
         gathered: list[Any] = [None] * world

@@ -19,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from data_prep.parts.builtin import cache_dir
 from data_prep.store.errors import DataError
 from data_prep.store.split import Split
-from data_prep.text.templates import IGNORE, Encoded, TextEncoder
+from data_prep.text.encoder import Encoded, TextEncoder
+from model.batch import IGNORE
 
 NAME = "tiny-llama"
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")

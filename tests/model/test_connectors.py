@@ -62,7 +62,7 @@ def test_batched_generation_equals_one_at_a_time(connector):
     for row, n in enumerate(lengths):  # left padding
         batch.input_ids[row, : 8 - n] = 0
         batch.attention_mask[row, : 8 - n] = 0
-    together = model.generate(batch, 6, pad_token_id=0, eos_token_id=1)
+    together = model.generate(batch, 6, pad_token_id=0, answer_end=[1])
     for row, (n, sample) in enumerate(zip(lengths, [0, 0, 1, 2], strict=True)):
         one = parts.batch(rows=[0], images=[0], length=n)
         one.input_ids = batch.input_ids[row : row + 1, 8 - n :]
@@ -70,7 +70,7 @@ def test_batched_generation_equals_one_at_a_time(connector):
             one.images = batch.images[sample : sample + 1]
         else:
             one.image_weight = torch.zeros(1)
-        alone = model.generate(one, 6, pad_token_id=0, eos_token_id=1)[0]
+        alone = model.generate(one, 6, pad_token_id=0, answer_end=[1])[0]
         assert torch.equal(together[row, : len(alone)], alone)
 
 

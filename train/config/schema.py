@@ -232,7 +232,7 @@ class EvaluationConfig:
 
     Attributes:
         batch_size: Questions per forward.
-        max_new_tokens: Longest answer.
+        max_new_tokens: Longest answer in tokens, without what the template puts before it (an empty think block).
         max_samples: A fixed random subset of the questions; null: all.
         val_dialogues: Held-out dialogues for the validation loss at the end of a stage.
     """

@@ -9,7 +9,7 @@ import torch
 from data_prep.store.errors import DataError
 from data_prep.store.pixels import ImageInput
 from data_prep.store.sample import Dialogue, Sample
-from data_prep.text.templates import Encoded, TextEncoder, TooLongError
+from data_prep.text.encoder import Encoded, TextEncoder, TooLongError
 from model.batch import IGNORE, Batch
 
 

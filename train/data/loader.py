@@ -21,7 +21,7 @@ from data_prep.store.errors import CorruptShardError, DataError
 from data_prep.store.pixels import ImageInput
 from data_prep.store.sample import Sample
 from data_prep.store.split import Split
-from data_prep.text.templates import Encoded, TextEncoder
+from data_prep.text.encoder import Encoded, TextEncoder
 from model.batch import IGNORE, Batch
 from train.data.batching import Batching, deal_by_tokens
 from train.data.collate import Piece, Text, collate, encode_sample
@@ -355,10 +355,11 @@ class EvalItem:
 
 @dataclass(frozen=True)
 class EvalBatch:
-    """A batch and, row by row, what it asks; a filler batch (see `EvalLoader`) has no items."""
+    """A batch and, row by row, what it asks and by which encoder; a filler batch (see `EvalLoader`) has no items."""
 
     batch: Batch
     items: list[EvalItem]
+    encoders: list[TextEncoder]
 
 
 class EvalLoader:
@@ -448,7 +449,7 @@ class EvalLoader:
             yield self._batch(self._batches[0][:1] if filler else self._batches[number], filler)
 
     def _batch(self, chosen: list[tuple[int, list[int]]], filler: bool) -> EvalBatch:
-        pieces, items = [], []
+        pieces, items, encoders = [], [], []
         for position, dialogues in chosen:
             sample = self.split[position]
             if self._partner is not None:
@@ -467,10 +468,11 @@ class EvalLoader:
                     raise DataError(f"{where}: a dialogue is too long to be evaluated; raise data.max_length")
             pieces.append(piece)
             for d in dialogues:
+                encoders.append(self.text.encoder(sample.conversations[d]))
                 user = [turn["content"] for turn in sample.conversations[d] if turn["role"] == "user"]
                 items.append(EvalItem(sample.id, d, user[-1], sample.conversations[d][-1]["content"]))
         batch = collate(pieces, self.image, self.text.dialogue.pad_id, left=self.prompts)
         if filler:
             batch.labels = torch.full_like(batch.labels, IGNORE)
             items = []
-        return EvalBatch(batch, items)
+        return EvalBatch(batch, items, encoders)

@@ -125,7 +125,8 @@ def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: Stop
         tracker = Tracker(config, run_dir, read_record(run_dir), progress.step, facts)
 
     def show_samples(step: int) -> None:
-        rows = samples.predict(engine, questions, tokenizer, config)
+        assert questions is not None
+        rows = samples.predict(engine, questions, config)
         if tracker is not None:
             samples.write(run_dir, step, rows, tracker)
 

@@ -7,10 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
-from transformers import PreTrainedTokenizerBase
 
+from model.generation import answers
 from train.config import RunConfig
 from train.data import EvalLoader
 from train.engine.engine import Engine
@@ -19,23 +18,15 @@ from train.measure.tracking import Tracker
 COLUMNS: list[str | int] = ["image", "question", "answer", "prediction"]
 
 
-@torch.no_grad()
-def predict(
-    engine: Engine, loader: EvalLoader, tokenizer: PreTrainedTokenizerBase, config: RunConfig
-) -> list[dict[str, Any]]:
+def predict(engine: Engine, loader: EvalLoader, config: RunConfig) -> list[dict[str, Any]]:
     """Answers to the loader's prompts. Collective: every rank runs the same batches, as ZeRO-3 needs."""
     model = engine.model
     model.eval()
     rows: list[dict[str, Any]] = []
     for evaluation in loader:
-        out = model.generate(
-            evaluation.batch.to(engine.device),
-            config.evaluation.max_new_tokens,
-            pad_token_id=loader.text.dialogue.pad_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        for item, ids in zip(evaluation.items, out.tolist(), strict=True):
-            text = loader.text.dialogue.decode(ids)
+        batch = evaluation.batch.to(engine.device)
+        texts = answers(model, batch, evaluation.encoders, config.evaluation.max_new_tokens)
+        for item, text in zip(evaluation.items, texts, strict=False):  # a filler batch has no items
             rows.append({"sample": item.sample, "question": item.question, "answer": item.answer, "prediction": text})
     model.train()
     wanted = {row["sample"] for row in rows}

@@ -12,7 +12,8 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer
 
-from data_prep.text.templates import VICUNA_SYSTEM, TextEncoder
+from data_prep.text.encoder import TextEncoder
+from data_prep.text.templates import VICUNA_SYSTEM
 from model.batch import IGNORE
 
 CORPUS = (

@@ -8,7 +8,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data_prep.store.errors import DataError
-from data_prep.text.templates import NAMES, VICUNA_SYSTEM, NoTargetError, TextEncoder, TooLongError
+from data_prep.text.encoder import NoTargetError, TextEncoder, TooLongError
+from data_prep.text.templates import NAMES, VICUNA_SYSTEM
 from model.batch import IGNORE
 
 

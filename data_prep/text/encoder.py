@@ -1,0 +1,212 @@
+"""Dialogues to tokens, with labels masked by exact character spans, and generated tokens back to answers.
+
+A template (`data_prep.text.templates`) renders a dialogue into pieces. The special tokens of its own text become ids;
+text of the dialogue never does, whatever it looks like (a user who writes `<|im_end|>` has written ten characters). The
+text between special tokens is tokenised as one run, as the tokenizer's authors do, and a token is a target when it
+covers a target character.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer, processors
+from transformers import PreTrainedTokenizerBase
+
+from data_prep.store.errors import DataError
+from data_prep.store.sample import Dialogue
+from data_prep.text.chat import ChatTemplate
+from data_prep.text.templates import NAMES, NEEDED, TEMPLATES, Piece
+from model.batch import IGNORE
+
+_OWN, _CONTENT = 1, 2
+"""Targets: the template's own text, and that of the dialogue."""
+
+
+class TooLongError(DataError):
+    """A dialogue has more tokens than `max_length`."""
+
+
+class NoTargetError(DataError):
+    """A dialogue has no token to learn."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One text row: token ids, and labels (the id itself, or `IGNORE`) of the same length, not shifted."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+class TextEncoder:
+    """Encodes dialogues for one tokenizer and one template.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer with a `tokenizers` backend (offsets are needed); it is not changed.
+        template: One of `NAMES`.
+        max_length: Longest accepted row in tokens; none: any.
+
+    Attributes:
+        answer_end: Ids of the tokens that end an answer in a row, each on its own: where generation stops.
+        answer_prefix: Ids that the template puts before an answer and that the model has to produce (the empty think
+            block of Qwen3); mostly none.
+        pad_id: Id to pad with; it may equal the end token, so masks go by length and never by id.
+
+    Raises:
+        DataError: unknown template, a tokenizer without offsets, end token or chat template, or without the special
+            tokens of the template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int | None = None) -> None:
+        if template not in NAMES:
+            raise DataError(f"template={template}: no such text template; there are {', '.join(NAMES)}")
+        if not getattr(tokenizer, "is_fast", False):
+            raise DataError(f"tokenizer {type(tokenizer).__name__} gives no character offsets; use its fast version")
+        if tokenizer.eos_token is None and template != "chat":
+            raise DataError("the tokenizer has no end token (eos_token), so no answer could end")
+        self.template, self.max_length = template, max_length
+        self._tokenizer = tokenizer
+        self._special = {t.content: (i, t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        for token in NEEDED.get(template, ()):
+            if token not in self._special:
+                raise DataError(f"template {template} needs the special token {token}, which the tokenizer lacks")
+        self._split_special = re.compile("(" + "|".join(map(re.escape, sorted(self._special, key=len)[::-1])) + ")")
+        self._first, self._later = _plain_tokenizers(tokenizer)
+        self._start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        # A chat template says itself where a start token stands: `apply_chat_template` adds none.
+        self._adds_start = template != "chat" and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+        self._chat = ChatTemplate(tokenizer, self._split_special) if template == "chat" else None
+        self.answer_end, self.answer_prefix = self._answer_format()
+        padding = (tokenizer.pad_token_id, tokenizer.eos_token_id, self.answer_end[0])
+        self.pad_id: int = next(i for i in padding if i is not None)
+        words = tokenizer.decode(list(self.answer_prefix), skip_special_tokens=True).split()
+        self._prefix = re.compile(r"\s*" + r"\s*".join(map(re.escape, words)))
+
+    def encode(self, dialogue: Dialogue) -> Encoded:
+        """One training row.
+
+        Raises:
+            TooLongError: more than `max_length` tokens.
+            NoTargetError: nothing in it is a target.
+            DataError: turns the template cannot render.
+        """
+        ids, targets = self._row(dialogue)
+        if not any(targets):
+            raise NoTargetError("nothing in the dialogue is an answer to learn")
+        if self.max_length is not None and len(ids) > self.max_length:
+            raise TooLongError(f"{len(ids)} tokens, max_length={self.max_length}")
+        return Encoded(ids, [i if target else IGNORE for i, target in zip(ids, targets, strict=True)])
+
+    def encode_prompt(self, dialogue: Dialogue) -> list[int]:
+        """Token ids before the last answer (which may be missing): what the training row of the dialogue begins with.
+
+        Raises:
+            TooLongError: more than `max_length` tokens.
+            DataError: turns the template cannot render.
+        """
+        asked = dialogue[:-1] if dialogue[-1]["role"] == "assistant" else dialogue
+        # Cut out of a whole row: the tokens before an answer can depend on there being one ("\n\n" is one token, but
+        # two before a word).
+        ids, targets = self._row([*asked, {"role": "assistant", "content": "A"}])
+        ids = ids[: _answers(targets)[-1].start]
+        if self.max_length is not None and len(ids) > self.max_length:
+            raise TooLongError(f"a prompt of {len(ids)} tokens, max_length={self.max_length}")
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """The answer in generated ids: up to its end, without what the template puts before it and outer spaces."""
+        cut = next((n for n, i in enumerate(ids) if i in self.answer_end), len(ids))
+        return self._prefix.sub("", self._tokenizer.decode(ids[:cut], skip_special_tokens=True), count=1).strip()
+
+    def render(self, dialogue: Dialogue) -> list[Piece]:
+        """The dialogue as pieces of text.
+
+        Raises:
+            DataError: turns the template cannot render.
+        """
+        if self._chat is not None:
+            return self._chat(dialogue)
+        return TEMPLATES[self.template](dialogue, self._tokenizer.eos_token)
+
+    def _answer_format(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """`answer_end` and `answer_prefix`, read off a row."""
+        question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "A"}
+        ids, targets = self._row([question, answer] * (1 if self.template == "plain" else 2))
+        answers = _answers(targets)
+        ends = dict.fromkeys(ids[span.stop - 1] for span in answers)
+        begin = answers[-1].start
+        return tuple(ends), tuple(ids[begin : targets.index(_CONTENT, begin)])
+
+    def _row(self, dialogue: Dialogue) -> tuple[list[int], list[int]]:
+        """Ids of a whole row, and what of it is a target: `_OWN`, `_CONTENT` or 0.
+
+        It has a start token where the tokenizer adds one, or where the first token is a target.
+        """
+        ids, targets = self._tokens(self.render(dialogue))
+        if targets[:1] not in ([], [0]) or self._adds_start and ids[:1] != [self._start]:
+            if self._start is None:
+                raise DataError("an answer stands first in its row, and the tokenizer has no start token (bos_token)")
+            return [self._start, *ids], [0, *targets]
+        return ids, targets
+
+    def _tokens(self, pieces: list[Piece]) -> tuple[list[int], list[int]]:
+        """Ids, and what each is as a target."""
+        ids: list[int] = []
+        targets: list[int] = []
+        run: list[tuple[str, int]] = []
+        begun = False  # whether anything stands before, text or special token
+        swallow = False  # the special token before the run takes the white space after it
+
+        def end_run(swallowed: bool = False) -> None:
+            nonlocal begun, swallow
+            text = "".join(part for part, _ in run)
+            start = len(text) - len(text.lstrip()) if swallow else 0
+            text = text[start:].rstrip() if swallowed else text[start:]
+            if text:
+                mask = [target for part, target in run for _ in part][start:]
+                encoding = (self._later if begun else self._first).encode(text, add_special_tokens=False)
+                ids.extend(encoding.ids)
+                # An empty span is the prefix that SentencePiece puts before a run: it goes with what follows.
+                targets.extend(max(mask[start : max(end, start + 1)]) for start, end in encoding.offsets)
+                begun = True
+            run.clear()
+            swallow = False
+
+        for piece in pieces:
+            own = _OWN if piece.target else 0
+            for number, part in enumerate(self._split_special.split(piece.text) if piece.special else [piece.text]):
+                if number % 2:
+                    token_id, token = self._special[part]
+                    end_run(token.lstrip)
+                    ids.append(token_id)
+                    targets.append(own)
+                    begun, swallow = True, token.rstrip
+                elif part:
+                    run.append((part, own if piece.special or not own else _CONTENT))
+        end_run()
+        return ids, targets
+
+
+def _answers(targets: list[int]) -> list[range]:
+    """The stretches of a row that are targets."""
+    edges = [n for n in range(len(targets) + 1) if bool(sum(targets[n : n + 1])) != bool(n and targets[n - 1])]
+    return [range(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def _plain_tokenizers(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, Tokenizer]:
+    """The backend for a run of text at the very beginning and for later ones, blind to special tokens.
+
+    The two differ for SentencePiece models that put their word mark only before a text, not after a special token.
+    """
+    text = tokenizer.backend_tokenizer.to_str()
+    first = later = Tokenizer.from_str(text)
+    if '"prepend_scheme":"first"' in text:
+        later = Tokenizer.from_str(text.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"'))
+    for each in (first, later):
+        each.post_processor = processors.Sequence([])  # it may trim spaces off the offsets
+        each.no_truncation()
+        each.no_padding()
+        each.encode_special_tokens = True
+    return first, later
