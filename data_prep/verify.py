@@ -97,6 +97,8 @@ class Verifier:
                 except Defect as defect:
                     where = f"dialogue {number}" if len(sample.conversations) > 1 else ""
                     raise Defect(defect.reason, ", ".join(filter(None, (where, defect.detail)))) from None
+            if sample.references and len(sample.references) != len(sample.conversations):
+                raise Defect("references differ from dialogues", f"{len(sample.references)} references")
             for data in sample.images:
                 image = open_image(data, self.max_pixels)
                 if min(image.size) < self.min_side:

@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.sources import tars
+from data_prep.sources import below, tars
 from data_prep.store.errors import DataError, Defect
 from data_prep.store.sample import Count, Dropped, Sample
 from data_prep.text.dialogues import exchange
@@ -83,6 +83,7 @@ class CapsFusion:
     def read(self, split: str, unit: list[Any]) -> Iterator[Sample | Dropped | Count]:
         """Samples of one shard, in the order of its archive."""
         shard, last = unit
+        below(self.path, shard)
         rows = self._rows(shard)
         statuses = rows["status"].to_pylist()
         keys, urls = rows["key"].to_pylist(), rows["url"].to_pylist()

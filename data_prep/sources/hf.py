@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.sources import each, tars
+from data_prep.sources.columns import Columns, image_bytes
+from data_prep.sources.columns import dialogues as read_row
+from data_prep.sources.columns import find as find_columns
 from data_prep.store.errors import DataError, Defect
 from data_prep.store.images import read_image
 from data_prep.store.sample import Count, Dropped, Sample
-from data_prep.text.dialogues import exchange, from_text_or_turns
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,17 +27,18 @@ class HuggingFace:
     Attributes:
         path: Folder of `save_to_disk`, or of Parquet, Arrow, JSON or CSV files or images with metadata.
         split: Which of its splits.
-        image: Column of the images: image features, bytes, or paths below `path`; one or a list. None: text-only.
-        text: Column of the captions, of the answers (with `question`), or of lists of turns.
-        question: Column of questions; null: `text` holds captions or turns.
+        image: Column of the images: image features, bytes, base64, or paths below `path`; one or a list. Null: found by
+            its name; empty: the rows have none.
+        text: Column of captions, turns or exchanges, or of the answers to `question`; null: found by its name.
+        question: Column of questions; null: found by its name, where `text` is null too.
         label: Source of the samples.
         samples_per_shard: Rows in a unit of work.
     """
 
     path: Path
     split: str = "train"
-    image: str = "image"
-    text: str = "text"
+    image: str | None = None
+    text: str | None = None
     question: str | None = None
     label: str = "hf"
     samples_per_shard: int = 5000
@@ -52,48 +55,58 @@ class HuggingFace:
 
     def plan(self) -> dict[str, list[list[int]]]:
         """Units `[first row, end]`."""
-        rows, step = len(self._open()), self.samples_per_shard
+        rows, step = len(self._open().rows), self.samples_per_shard
         return {self.split: [[start, min(start + step, rows)] for start in range(0, rows, step)]}
 
     def read(self, split: str, unit: list[int]) -> Iterator[Sample | Dropped | Count]:
         """Samples of a range of rows; ids are row numbers."""
         start, stop = unit
-        rows = enumerate(self._open().select(range(start, stop)), start)
-        return each(((f"{self.label}/{number}", row) for number, row in rows), self._sample)
+        table = self._open()
 
-    def _sample(self, name: str, row: dict[str, Any]) -> Iterator[Sample | Count]:
-        listed = row[self.image]
-        images = [self._bytes(each) for each in (listed if isinstance(listed, list) else [listed]) if each is not None]
-        if self.question:
-            dialogue, tokens = exchange(row[self.question], row[self.text]), 0
-        else:
-            dialogue, tokens = from_text_or_turns(row[self.text], len(images))
+        def make(name: str, row: dict[str, Any]) -> Iterator[Sample | Count]:
+            for column, names in table.classes.items():  # -1 and null: no class is known
+                row[column] = names[row[column]] if row[column] is not None and row[column] >= 0 else ""
+            return self._sample(name, row, table.columns)
+
+        rows = enumerate(table.rows.select(range(start, stop)), start)
+        return each(((f"{self.label}/{number}", row) for number, row in rows), make)
+
+    def _sample(self, name: str, row: dict[str, Any], columns: Columns) -> Iterator[Sample | Count]:
+        images = []
+        if columns.image:
+            cell = row[columns.image]
+            images = [self._bytes(value) for value in (cell if isinstance(cell, list) else [cell])]
+        dialogues, references, tokens = read_row(row, columns, len(images))
         if tokens:
             yield Count("image tokens taken out", self.label, tokens)
-        yield Sample(name, images, [dialogue], self.label)
+        yield Sample(name, images, dialogues, self.label, references)
 
     def _bytes(self, value: Any) -> bytes:
-        if isinstance(value, bytes):
-            return value
-        path = value
-        if isinstance(value, dict):
-            if value.get("bytes") is not None:
-                return value["bytes"]
-            path = value.get("path")
-        if not isinstance(path, str) or not path:
-            raise Defect("image missing", f"neither bytes nor a path but {value!r}"[:100])
-        file, folder = (self.path / path).resolve(), self.path.resolve()
+        found = image_bytes(value)
+        if found is None:
+            raise Defect("image missing", "the cell is empty; rows without images are read with source.image=''")
+        if isinstance(found, bytes):
+            return found
+        file, folder = (self.path / found).resolve(), self.path.resolve()
         if not file.is_relative_to(folder):
-            raise Defect("image path leaves its folder", path)
+            raise Defect("image path leaves its folder", found)
         return read_image(file)
 
-    def _open(self) -> Dataset:
-        return _open(self.path, self.split, (self.image, self.text, *filter(None, [self.question])))
+    def _open(self) -> _Table:
+        return _open(self.path, self.split, self.image, self.text, self.question)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The used columns of a data set, images left undecoded, what each is, and the names of the classes of some."""
+
+    rows: Dataset
+    columns: Columns
+    classes: dict[str, list[str]]
 
 
 @cache
-def _open(path: Path, split: str, columns: tuple[str, ...]) -> Dataset:
-    """The data set, its images left undecoded."""
+def _open(path: Path, split: str, image: str | None, text: str | None, question: str | None) -> _Table:
     import datasets
 
     try:
@@ -105,13 +118,24 @@ def _open(path: Path, split: str, columns: tuple[str, ...]) -> Dataset:
             loaded = datasets.load_dataset(str(path), split=split)
     except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"datasets cannot load split {split} of {path}: {error}") from error
-    for column in columns:
-        if column not in loaded.column_names:
-            raise DataError(f"{path} has no column {column}; columns are {', '.join(loaded.column_names)}")
-    loaded = loaded.select_columns(list(dict.fromkeys(columns)))
-    undecoded, kind = datasets.Image(decode=False), loaded.features[columns[0]]
-    if isinstance(kind, datasets.Image):
-        loaded = loaded.cast_column(columns[0], undecoded)
-    elif isinstance(kind, datasets.List) and isinstance(kind.feature, datasets.Image):
-        loaded = loaded.cast_column(columns[0], datasets.List(undecoded))
-    return loaded
+    if image is None:  # a column of images, whatever its name
+        image = next((name for name, kind in loaded.features.items() if _holds_images(kind)), None)
+    columns = find_columns(loaded.column_names, image, text, question, str(path))
+    loaded = loaded.select_columns(columns.used)
+    classes = {}
+    for name, kind in list(loaded.features.items()):
+        if isinstance(kind, datasets.Image):
+            loaded = loaded.cast_column(name, datasets.Image(decode=False))
+        elif _holds_images(kind):
+            loaded = loaded.cast_column(name, datasets.List(datasets.Image(decode=False)))
+        elif isinstance(kind, datasets.ClassLabel):
+            classes[name] = [each.replace("_", " ") for each in kind.names]
+    return _Table(loaded, columns, classes)
+
+
+def _holds_images(kind: Any) -> bool:
+    import datasets
+
+    return isinstance(kind, datasets.Image) or (
+        isinstance(kind, datasets.List) and isinstance(kind.feature, datasets.Image)
+    )

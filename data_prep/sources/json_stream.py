@@ -1,7 +1,7 @@
 """JSON files that hold millions of records, read without ever being in memory as a whole.
 
 `boundaries` goes through a file once and cuts it into stretches of records; `read` gives the records of a stretch.
-An array of objects (LLaVA's files) and JSON Lines are both read.
+An array of objects (LLaVA's files), JSON Lines, and several of these one after another (`cat a.json b.json`) are read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ from data_prep.store.errors import DataError
 _CHUNK = 4 << 20
 MAX_RECORD = 64 << 20
 """Largest accepted record, in bytes."""
-_BETWEEN = re.compile(r"[\s,]*")
+_BOM = "\xef\xbb\xbf"
+_BETWEEN = re.compile(f"(?:[ \\t\\r\\n,]|{_BOM})*")
+"""What may stand between records: a byte order mark (here as Latin-1) begins some files."""
+_OUTSIDE = re.compile("[ \\t\\r\\n,\ufeff\\[\\]]*")
+_WRONG = (ValueError, RecursionError)
+"""Raised for malformed JSON, numbers of thousands of digits, and nesting without end."""
 _decode = json.JSONDecoder().raw_decode
 
 
@@ -37,29 +42,32 @@ def boundaries(file: Path, every: int) -> list[int]:
     # Latin-1: one character is one byte, and what is JSON's own is ASCII.
     with file.open(encoding="latin-1", newline="") as stream:
         text = stream.read(_CHUNK)
-        at = _skip(text, 0)
-        array = text[at : at + 1] == "["
-        at += array
-        base = count = 0  # byte of text[0]; records so far
+        if text.startswith(("\xff\xfe", "\xfe\xff")):
+            raise DataError(f"{file} is UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
+        array, at, base, count = False, 0, 0, 0  # inside an array; place in `text`; byte of text[0]; records so far
         while True:
-            at = _skip(text, at)
-            if at < len(text) and text[at] != "{":
-                if array and text[at] == "]":
-                    break
-                raise DataError(f"{file}: byte {base + at}: expected a record in braces, found {text[at : at + 20]!r}")
+            at = _skip(_BETWEEN, text, at)
+            if at < len(text) and text[at] != "{" and not _BOM.startswith(text[at:]):  # it may be cut by the chunk
+                if text[at] != ("]" if array else "["):
+                    raise DataError(
+                        f"{file}: byte {base + at}: expected a record in braces, found {text[at : at + 20]!r}"
+                    )
+                array, at = not array, at + 1
+                continue
             error = None
             if at < len(text):
                 try:
                     end = _decode(text, at)[1]
-                except json.JSONDecodeError as raised:
+                except _WRONG as raised:
                     error = raised
                 else:
                     if count % every == 0:
                         found.append(base + at)
                     count, at, last = count + 1, end, base + end
                     continue
-            if error and len(text) - at > MAX_RECORD:
-                raise DataError(f"{file}: byte {base + error.pos}: {error.msg}, in record {count}") from error
+            if error and (len(text) - at > MAX_RECORD or not isinstance(error, json.JSONDecodeError)):
+                wrong = base + getattr(error, "pos", at)
+                raise DataError(f"{file}: byte {wrong}: {getattr(error, 'msg', error)}, in record {count}") from error
             more = stream.read(_CHUNK)
             if not more:
                 if array or error:
@@ -75,9 +83,9 @@ def boundaries(file: Path, every: int) -> list[int]:
     return [*found, last]
 
 
-def _skip(text: str, at: int) -> int:
-    """Where the white space and commas at `at` end."""
-    found = _BETWEEN.match(text, at)
+def _skip(what: re.Pattern[str], text: str, at: int) -> int:
+    """Where what may stand between records ends, from `at` on."""
+    found = what.match(text, at)
     assert found is not None  # it matches nothing too
     return found.end()
 
@@ -97,11 +105,11 @@ def read(file: Path, start: int, stop: int) -> Iterator[dict[str, Any]]:
     with file.open("rb") as stream:
         stream.seek(start)
         text = stream.read(stop - start).decode(errors="surrogateescape")
-    at = _skip(text, 0)
+    at = _skip(_OUTSIDE, text, 0)
     while at < len(text):
         try:
             record, at = _decode(text, at)
-        except json.JSONDecodeError as error:
+        except _WRONG as error:
             raise DataError(f"{file} has changed while it was read: {error}; prepare the data again") from error
         yield record
-        at = _skip(text, at)
+        at = _skip(_OUTSIDE, text, at)

@@ -19,6 +19,8 @@ from data_prep.store.images import read_image
 from data_prep.store.sample import Count, Dialogue, Dropped, Sample
 from data_prep.text.dialogues import check_tokens, exchange, from_turns
 
+TURNS = ("conversations", "messages", "conversation")
+"""Keys of a record's turns: LLaVA's, and what ShareGPT, OpenAI and others write."""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -32,6 +34,7 @@ class Llava:
         captions: Whether every dialogue is a caption: the instruction ("Describe the image concisely.") is left out, as
             LLaVA does in pre-training.
         label: Source of the samples; null: the first folder of the image's path, or `text`.
+        split: Name of the split that is made.
         samples_per_shard: Records in a unit of work.
     """
 
@@ -39,6 +42,7 @@ class Llava:
     images: Path
     captions: bool = False
     label: str | None = None
+    split: str = "train"
     samples_per_shard: int = 5000
 
     def made_from(self) -> dict[str, Any]:
@@ -49,6 +53,7 @@ class Llava:
             "json_sha256": file_sha256(self.json),
             "captions": self.captions,
             "label": self.label,
+            "split": self.split,
             "samples_per_shard": self.samples_per_shard,
         }
 
@@ -56,7 +61,7 @@ class Llava:
         """Units `[number of the first record, first byte, end]`."""
         ends = json_stream.boundaries(self.json, self.samples_per_shard)
         spans = zip(ends, ends[1:], strict=False)
-        return {"train": [[n * self.samples_per_shard, start, stop] for n, (start, stop) in enumerate(spans)]}
+        return {self.split: [[n * self.samples_per_shard, start, stop] for n, (start, stop) in enumerate(spans)]}
 
     def read(self, split: str, unit: list[int]) -> Iterator[Sample | Dropped | Count]:
         """Samples of a stretch of the file, in its order. Ids are the records' own, which repeat, and their numbers."""
@@ -65,9 +70,16 @@ class Llava:
         return each(((f"{record.get('id')}@{number}", record) for number, record in records), self._sample)
 
     def _sample(self, name: str, record: dict[str, Any]) -> Iterator[Sample | Count]:
-        listed = record.get("image")
-        names = listed if isinstance(listed, list) else [] if listed is None else [listed]
-        dialogue, tokens = from_turns(record.get("conversations"))
+        for kind in ("video", "videos", "audio", "audios"):
+            if record.get(kind):
+                raise Defect(f"{kind.removesuffix('s')} is not read", str(record[kind])[:100])
+        listed = record.get("image") or record.get("images")
+        names = listed if isinstance(listed, list) else [listed] if listed else []
+        talk = next((record[name] for name in TURNS if record.get(name) is not None), None)
+        if talk is None:
+            known = ", ".join(TURNS)
+            raise Defect("conversation missing", f"the record has {', '.join(map(str, record))}; known are {known}")
+        dialogue, tokens = from_turns(talk)
         check_tokens(tokens, len(names))
         files = [find_image(self.images, each) for each in names]
         images = [read_image(file) for file in files]
@@ -105,6 +117,8 @@ def find_image(folder: Path, name: Any) -> Path:
     if not isinstance(name, str) or not name or "\0" in name:
         raise Defect("image path is no file name", repr(name))
     relative = PurePosixPath(name)
+    if relative.is_absolute() and relative.is_relative_to(folder.absolute()):
+        relative = relative.relative_to(folder.absolute())
     if relative.is_absolute() or ".." in relative.parts:
         raise Defect("image path leaves its folder", name)
     file = folder / relative

@@ -20,15 +20,20 @@ PICKLES = ("pickle", "pkl", "pyd", "pt", "pth")
 class Group:
     """The members that share a key, by the rest of their name: `a/b.seg.png` is `seg.png` of key `a/b`.
 
-    `defect`, where set, says why the group cannot be used; its members are then not complete.
+    Attributes:
+        key: As above, with the archive's folders.
+        members: Their bytes.
+        defect: Where set, why the group cannot be used; its members are then not complete.
+        leftovers: Members that macOS adds to every archive (`._NAME`), met since the group before.
     """
 
     key: str
     members: dict[str, bytes] = field(default_factory=dict)
     defect: Defect | None = None
+    leftovers: int = 0
 
     def text(self, name: str) -> str:
-        """A member as text.
+        """A member as text, without a byte order mark, its lines ended by LF.
 
         Raises:
             Defect: missing, or not UTF-8.
@@ -36,7 +41,7 @@ class Group:
         if name not in self.members:
             raise Defect("text missing", f"{self.key} has no member .{name}, only {', '.join(self.members)}")
         try:
-            return self.members[name].decode()
+            return self.members[name].decode("utf-8-sig").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
             raise Defect("text is not UTF-8", f"member .{name}: {error}") from error
 
@@ -47,6 +52,8 @@ def find(folder: Path) -> list[Path]:
     Raises:
         DataError: there are none.
     """
+    if folder.suffix == ".tar" and folder.is_file():
+        raise DataError(f"{folder} is one archive; say source.path={folder.parent}, the folder of the archives")
     found = sorted(folder.rglob("*.tar"))
     if not found:
         raise DataError(f"{folder} holds no .tar file (compressed ones have to be unpacked to .tar first)")
@@ -61,18 +68,22 @@ def listing(folder: Path, files: list[Path]) -> str:
 def groups(file: Path) -> Iterator[Group]:
     """Groups of an archive in its order; one with a defect, named after the archive, where the archive is damaged."""
     current: Group | None = None
+    leftovers = 0
     try:
         with tarfile.open(file, "r:") as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # it would keep a record of every member
                 if member.isdir():
                     continue
+                if _is_leftover(member.name):
+                    leftovers += 1
+                    continue
                 key, _, suffix = PurePosixPath(member.name).name.partition(".")
                 key = str(PurePosixPath(member.name).with_name(key)) if key else member.name
                 if current is None or key != current.key:
                     if current is not None:
                         yield current
-                    current = Group(key)
+                    current, leftovers = Group(key, leftovers=leftovers), 0
                 suffix = suffix.lower()
                 current.defect = current.defect or _refuse(member, suffix, current)
                 if current.defect is None:
@@ -91,6 +102,11 @@ def groups(file: Path) -> Iterator[Group]:
         return
     if current is not None:
         yield current
+
+
+def _is_leftover(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.name.startswith("._") or path.name == ".DS_Store" or "__MACOSX" in path.parts
 
 
 def _refuse(member: Any, suffix: str, group: Group) -> Defect | None:

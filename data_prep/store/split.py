@@ -14,7 +14,7 @@ import pyarrow as pa
 from common.files import file_sha256
 from data_prep.store.errors import CorruptShardError, DataError
 from data_prep.store.manifest import read_manifest
-from data_prep.store.sample import ARROW, INDEX, INDEX_FILE, Sample
+from data_prep.store.sample import ARROW, INDEX, INDEX_FILE, WITHOUT_REFERENCES, Sample
 
 OPEN_SHARDS = 256
 """Shards that one `Split` keeps mapped: each holds a file descriptor, of which a process may have 1024."""
@@ -124,7 +124,7 @@ class Split:
         at, row = divmod(position - int(self._starts[number]), self.manifest.rows_per_batch)
         shard = self._open(number)
         batch = shard.reader.get_batch(at)
-        found = {name: batch.column(name)[row].as_py() for name in columns}
+        found = {name: batch.column(name)[row].as_py() for name in columns if name in batch.schema.names}
         shard.release()
         return found
 
@@ -202,7 +202,7 @@ def _check_structure(shard: _OpenShard, samples: int) -> None:
         pa.ArrowException, ValueError: it has not.
     """
     reader = shard.reader
-    if reader.schema != ARROW:
+    if reader.schema not in (ARROW, WITHOUT_REFERENCES):
         raise ValueError(f"its columns are {reader.schema.names}")
     rows = 0
     for number in range(reader.num_record_batches):

@@ -57,7 +57,10 @@ class ShardWriter:
         self._index.append((len(sample.images), len(sample.conversations), characters))
         hashes = [hashlib.sha256(image).hexdigest() for image in sample.images]
         self._hashes += [int(value[:16], 16) for value in hashes]
-        self._content.update(digest({**row, "images": hashes}).encode())
+        described = {**row, "images": hashes}
+        if not sample.references:  # so that data without any have the fingerprint they always had
+            del described["references"]
+        self._content.update(digest(described).encode())
         self._sources[sample.source] += 1
         self.receipt.text_only += not sample.images
         if len(self._rows) == ROWS_PER_BATCH:

@@ -1,5 +1,7 @@
 """Hugging Face data sets on disk: saved ones and files; images as features, bytes and paths; captions and turns."""
 
+import base64
+
 import datasets
 import pytest
 
@@ -91,15 +93,58 @@ def test_folder_of_images_with_metadata(photos, tmp_path):
     assert [s.images for s in split] == [[p] for p in photos[:5]] and texts(split)[3] == ["", "number 3"]
 
 
+def test_common_shapes_are_known_by_their_names(photos, tmp_path):
+    """Classes, several answers, votes, choices, exchanges, base64, numbers: as tables of the hub have them."""
+    encoded = base64.b64encode(photos[0]).decode()
+    votes = [{"answer": answer, "answer_id": n} for n, answer in enumerate(["red"] * 6 + ["dark red"] * 4)]
+    exchanges = [{"user": "What?", "assistant": "a dog", "source": "x"}, {"user": "Where?", "assistant": "here"}]
+    pair = [{"from": "human", "value": "Hi", "role": None, "content": None}, {"from": None, "role": "assistant",
+            "value": None, "content": "Hello"}]  # fmt: skip
+    choice = {"question": "Which?", "choices": ["cat", "dog"], "answer": 1}
+    for number, (row, texts_wanted, reference) in enumerate([
+        ({"caption": "a dog"}, [["", "a dog"]], None),
+        ({"captions": ["a dog", "an animal"]}, [["", "a dog"], ["", "an animal"]], None),
+        ({"texts": exchanges}, [["What?", "a dog"], ["Where?", "here"]], None),
+        ({"messages": pair}, [["Hi", "Hello"]], None),
+        ({"question": "How many?", "answer": 3}, [["How many?", "3"]], ([], "exact", "")),
+        ({"question": "Colour?", "answers": votes, "answer_type": "other"}, [["Colour?", "red"]],
+         (["red"] * 6 + ["dark red"] * 4, "vqa", "other")),
+        ({"question": "Title?", "answers": ["The End", "End"]}, [["Title?", "The End"]],
+         (["The End", "End"], "exact", "")),
+        (choice, [["Which?\nA. cat\nB. dog", "B"]], (["B", "dog"], "choice", "")),
+    ]):  # fmt: skip
+        folder = tmp_path / f"in{number}"
+        datasets.Dataset.from_list([{"image": encoded, **row}]).save_to_disk(folder)
+        prepare(HuggingFace(folder), tmp_path / f"out{number}")
+        (sample,) = Split(tmp_path / f"out{number}" / "train")
+        assert sample.images == [photos[0]]
+        assert [[turn["content"] for turn in dialogue] for dialogue in sample.conversations] == texts_wanted
+        found = [(each["answers"], each["match"], each["kind"]) for each in sample.references]
+        assert found == ([] if reference is None else [reference])
+
+
+def test_classes_are_named_and_null_images_are_defects(photos, tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["tabby_cat", "dog"])})
+    rows = {"image": [{"bytes": photos[0], "path": None}, None], "label": [0, 1]}
+    datasets.Dataset.from_dict(rows, features).save_to_disk(tmp_path / "in")
+    manifest = prepare(HuggingFace(tmp_path / "in"), tmp_path / "out", Options("drop", 0.6)).manifests["train"]
+    assert texts(Split(tmp_path / "out" / "train")) == [["", "tabby cat"]]
+    assert manifest.dropped == {"image missing": 1} and manifest.text_only == 0
+    prepare(HuggingFace(tmp_path / "in", image=""), tmp_path / "text")
+    assert texts(Split(tmp_path / "text" / "train")) == [["", "tabby cat"], ["", "dog"]]
+
+
 def test_errors(photos, tmp_path):
     with pytest.raises(DataError, match="no such folder; nothing is downloaded"):
         prepare(HuggingFace(tmp_path / "none"), tmp_path / "out")
     (tmp_path / "in").mkdir()
     with pytest.raises(DataError, match="cannot load split train"):
         prepare(HuggingFace(tmp_path / "in"), tmp_path / "out")
-    datasets.Dataset.from_dict({"image": [b"x"], "caption": ["a"]}).to_parquet(tmp_path / "in" / "train.parquet")
-    with pytest.raises(DataError, match="no column text; columns are image, caption"):
+    datasets.Dataset.from_dict({"image": [b"x"], "said": ["a"]}).to_parquet(tmp_path / "in" / "train.parquet")
+    with pytest.raises(DataError, match="no column known as caption; columns are image, said, known are conversations"):
         prepare(HuggingFace(tmp_path / "in"), tmp_path / "out")
+    with pytest.raises(DataError, match=r"no column text \(source.text\); columns are image, said"):
+        prepare(HuggingFace(tmp_path / "in", text="text"), tmp_path / "out")
     (tmp_path / "in" / "x.tar").touch()
     with pytest.raises(DataError, match="use source=webdataset"):
         prepare(HuggingFace(tmp_path / "in"), tmp_path / "out")

@@ -8,15 +8,20 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from unittest import mock
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from data_prep.prepare import Options, Task, prepare
 from data_prep.sources import json_stream
 from data_prep.sources.llava import Llava
-from data_prep.store.errors import DataError
+from data_prep.store.errors import DataError, Defect
 from data_prep.store.split import Split
+from data_prep.text.dialogues import from_text_or_turns
+from data_prep.verify import check_dialogue
 from tests.data_prep.miniature import bad_images, encoded, pictures, turns, write_json
 
 FOLDERS = ("coco/train2017", "gqa/images", "ocr_vqa/images", "textvqa/train_images", "vg/VG_100K", "vg/VG_100K_2")
@@ -281,6 +286,166 @@ def test_damaged_json_says_where(tmp_path, text, message):
     file.write_text(text)
     with pytest.raises(DataError, match=message):
         json_stream.boundaries(file, 10)
+
+
+RECORDS = st.lists(
+    st.dictionaries(
+        st.text(max_size=8),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+            max_leaves=6,
+        ),
+        max_size=4,
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    parts=st.lists(st.tuples(RECORDS, st.sampled_from(["array", "lines", "pretty", "crlf"])), min_size=1, max_size=3),
+    mark=st.booleans(),
+    ascii_only=st.booleans(),
+    every=st.integers(1, 5),
+    chunk=st.integers(3, 60),
+)
+def test_any_container_gives_its_records(tmp_path, parts, mark, ascii_only, every, chunk):
+    """Arrays and lines, one file after another, with a byte order mark and any line ends: every record, in order."""
+    texts = []
+    for records, form in parts:
+        one = [json.dumps(record, ensure_ascii=ascii_only) for record in records]
+        match form:
+            case "array":
+                texts.append("[" + ",".join(one) + "]")
+            case "pretty":
+                texts.append(json.dumps(records, indent=2, ensure_ascii=ascii_only) + "\n")
+            case "lines":
+                texts.append("\n".join(one) + "\n")
+            case _:
+                texts.append("\r\n".join(one) + "\r\n")
+    file = tmp_path / "x.json"
+    begin = "\ufeff" if mark else ""
+    file.write_bytes("".join(begin + text for text in texts).encode())
+    with mock.patch.object(json_stream, "_CHUNK", chunk):
+        ends = json_stream.boundaries(file, every)
+    found = [list(json_stream.read(file, *span)) for span in zip(ends, ends[1:], strict=False)]
+    assert sum(found, []) == [record for records, _ in parts for record in records]
+    assert [len(each) for each in found[:-1]] == [every] * (len(found) - 1)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(records=RECORDS, cut=st.floats(0, 1), junk=st.binary(max_size=6))
+def test_damaged_containers_are_read_whole_or_refused(tmp_path, records, cut, junk):
+    """Bytes put in anywhere: the records that are read are records of the file, or one line says what is wrong."""
+    whole = json.dumps(records).encode()
+    at = round(cut * len(whole))
+    file = tmp_path / "x.json"
+    file.write_bytes(whole[:at] + junk + whole[at:])
+    try:
+        ends = json_stream.boundaries(file, 2)
+        found = [each for span in zip(ends, ends[1:], strict=False) for each in json_stream.read(file, *span)]
+    except DataError as error:
+        assert str(file) in str(error)
+    else:
+        assert len(found) >= len(records)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"a": 1}] and more', "byte 11: expected a record"),
+        ('[{"a": ' + "[" * 100_000, "recursion|byte"),
+        ('[{"a": ' + "9" * 5000 + "}]", "4300 digits"),
+        ('{"a": 1}]', "expected a record"),
+    ],
+)
+def test_what_follows_an_array_and_what_no_parser_likes(tmp_path, text, message):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(DataError, match=message):
+        json_stream.boundaries(tmp_path / "x.json", 10)
+    (tmp_path / "x.json").write_text('[{"a": 1}]', encoding="utf-16")
+    with pytest.raises(DataError, match="is UTF-16; convert it"):
+        json_stream.boundaries(tmp_path / "x.json", 10)
+
+
+TEXTS = st.text(max_size=30)
+KEYS = ["from", "value", "role", "content", "user", "assistant", "question", "answer", "type", "text"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.recursive(
+        st.none() | st.integers() | TEXTS | st.just("<image>\nWhat?"),
+        lambda inner: (
+            st.lists(inner, max_size=4)
+            | st.dictionaries(
+                st.sampled_from(KEYS),
+                inner | st.sampled_from(["human", "gpt", "user", "assistant", "text", "image"]),
+                max_size=4,
+            )
+        ),
+        max_leaves=12,
+    ),
+    st.integers(0, 2),
+)
+def test_any_value_is_dialogues_or_a_defect(value, images):
+    """What a record may hold where its conversation should be: sound dialogues or one named defect, never an error."""
+    try:
+        dialogues, _ = from_text_or_turns(value, images)
+        for dialogue in dialogues:
+            check_dialogue(dialogue)
+    except Defect as defect:
+        assert defect.reason
+    else:
+        assert dialogues and all(dialogue[-1]["role"] == "assistant" for dialogue in dialogues)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(TEXTS, TEXTS.filter(str.strip)), min_size=1, max_size=4))
+def test_every_spelling_of_a_dialogue_is_the_same_dialogue(pairs):
+    pairs = [(user.replace("\ufeff", ""), answer.replace("\ufeff", "")) for user, answer in pairs]
+    flat = [text for pair in pairs for text in pair]
+    names = (("human", "gpt"), ("user", "assistant"))
+    spellings = [
+        [{"from": names[0][n % 2], "value": text} for n, text in enumerate(flat)],
+        [{"role": names[1][n % 2], "content": text} for n, text in enumerate(flat)],
+        [{"role": names[1][n % 2], "content": [{"type": "text", "text": text}]} for n, text in enumerate(flat)],
+        [{"from": names[0][n % 2], "value": text, "role": None, "content": None} for n, text in enumerate(flat)],
+    ]
+    wanted = [{"role": names[1][n % 2], "content": text} for n, text in enumerate(flat)]
+    for turns_ in spellings:
+        assert from_text_or_turns(turns_, 0) == ([wanted], 0)
+    for user, assistant in (("user", "assistant"), ("question", "answer")):
+        exchanges = [{user: one, assistant: other} for one, other in pairs]
+        assert from_text_or_turns(exchanges, 0)[0] == [wanted[2 * n : 2 * n + 2] for n in range(len(pairs))]
+
+
+def test_records_of_other_media_and_shapes_are_named(photos, tmp_path):
+    """A video is no text; an absolute path inside the folder is one; the null and the empty image are none."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.jpg").write_bytes(photos[0])
+    talk = turns("What?", "a")
+    records = [
+        {"id": "video", "video": "a.mp4", "conversations": turns("<video>\nWhat?", "a")},
+        {"id": "absolute", "image": str(tmp_path / "images" / "0.jpg"), "conversations": turns("<image>\nWhat?", "a")},
+        {"id": "outside", "image": "/etc/passwd", "conversations": turns("<image>\nWhat?", "a")},
+        {"id": "null", "image": None, "conversations": talk},
+        {"id": "empty", "image": "", "conversations": talk},
+        {"id": "lost", "image": None, "conversations": turns("<image>\nWhat?", "a")},
+        {"id": "messages", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]},
+        {"id": "none", "text": "a dog"},
+    ]
+    write_json(tmp_path / "x.json", records)
+    source = Llava(tmp_path / "x.json", tmp_path / "images", split="test")
+    manifest = prepare(source, tmp_path / "out", Options("drop", 1.0)).manifests["test"]
+    found = {example["id"].split("@")[0]: example["reason"] for example in manifest.dropped_examples}
+    assert found == {
+        "video": "video is not read", "outside": "image path leaves its folder",
+        "lost": "image tokens differ from images", "none": "conversation missing",
+    }  # fmt: skip
+    assert [len(s.images) for s in Split(tmp_path / "out" / "test")] == [1, 0, 0, 0]
 
 
 def test_missing_json_says_what_to_do(tmp_path):

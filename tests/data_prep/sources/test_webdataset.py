@@ -132,6 +132,53 @@ def test_damaged_archives_are_noticed(photos, tmp_path, damage):
     assert manifest.samples in ((9, 10) if damage != "empty" else (0,))
 
 
+def test_what_archives_hold_besides_samples_is_no_defect(photos, tmp_path):
+    """macOS leftovers between the members, a README, a licence; and what Windows editors leave in a text."""
+    photo, text = photos[0], b"\xef\xbb\xbfa shape\r\nin two lines\r\n"
+    write_tar(tmp_path / "in" / "x.tar", [
+        ("README.md", b"# Shapes"), ("LICENSE", b"MIT"), ("notice.txt", b"by us"), ("._0.jpg", b"\0\5\x16\7"),
+        ("0.jpg", photo), ("._0.txt", b"\0\5\x16\7"), ("0.txt", text), ("__MACOSX/._1.jpg", b"x"), (".DS_Store", b"x"),
+        ("1.jpg", photo), ("1.txt", b"b"),
+    ])  # fmt: skip
+    manifest = prepare(WebDataset(tmp_path / "in"), tmp_path / "out").manifests["train"]
+    split = Split(tmp_path / "out" / "train")
+    assert [s.conversations[0][1]["content"] for s in split] == ["a shape\nin two lines", "b"]
+    assert manifest.statistics["archive members not used"] == {
+        "._*, of macOS": 4, "README": 1, "LICENSE": 1, "notice": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("names", [("train/0.tar", "test/0.tar"), ("a/shapes-train-0.tar", "a/shapes-test-0.tar")])
+def test_splits_of_tars_are_never_pooled(photos, tmp_path, names):
+    for number, name in enumerate(names):
+        write_tar(tmp_path / "in" / name, [("0.jpg", photos[number]), ("0.txt", b"a")])
+    prepare(WebDataset(tmp_path / "in"), tmp_path / "out")
+    for number, split in enumerate(("train", "test")):
+        assert [s.images for s in Split(tmp_path / "out" / split)] == [[photos[number]]]
+    only = prepare(WebDataset(tmp_path / "in", split="test"), tmp_path / "only")
+    assert list(only.manifests) == ["test"]
+    with pytest.raises(DataError, match="source.split=val: .* has tars of test, train"):
+        prepare(WebDataset(tmp_path / "in", split="val"), tmp_path / "none")
+    write_tar(tmp_path / "in" / "loose.tar", [("0.jpg", photos[0]), ("0.txt", b"a")])
+    with pytest.raises(DataError, match="loose.tar and 0 more lie beside tars of test, train"):
+        prepare(WebDataset(tmp_path / "in"), tmp_path / "loose")
+
+
+def test_a_unit_that_leaves_the_folder_is_not_read(photos, tmp_path):
+    """As somebody else may have written it into plan.json."""
+    write_tar(tmp_path / "outside.tar", [("0.jpg", photos[0]), ("0.txt", b"a")])
+    (tmp_path / "in").mkdir()
+    for unit in ("../outside.tar", str(tmp_path / "outside.tar")):
+        with pytest.raises(DataError, match="leads out of this folder"):
+            list(WebDataset(tmp_path / "in").read("train", unit))
+
+
+def test_one_tar_is_no_folder(tmp_path):
+    write_tar(tmp_path / "x.tar", [])
+    with pytest.raises(DataError, match=f"x.tar is one archive; say source.path={tmp_path}"):
+        prepare(WebDataset(tmp_path / "x.tar"), tmp_path / "out")
+
+
 def test_no_tars(tmp_path):
     (tmp_path / "x.tar.gz").touch()
     with pytest.raises(DataError, match="holds no .tar file"):
