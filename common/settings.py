@@ -7,7 +7,7 @@ import inspect
 import math
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -45,7 +45,7 @@ def setting(
     default: Any = MISSING,
     *,
     within: str | None = None,
-    choices: tuple[Any, ...] | None = None,
+    choices: tuple[Any, ...] | Callable[[], tuple[Any, ...]] | None = None,
     path: bool = False,
     factory: Any = MISSING,
 ) -> Any:
@@ -54,11 +54,11 @@ def setting(
     Args:
         default: Its default.
         within: See `Allowed`; for a list, of each of its values.
-        choices: See `Allowed`.
+        choices: See `Allowed`; or a function that gives them, where they stand in a module that reads this one.
         path: See `Allowed`.
         factory: Makes the default, where it is a list.
     """
-    allowed = {"allowed": Allowed(within, choices, path)}
+    allowed = {"within": within, "choices": choices, "path": path}
     if factory is not MISSING:
         return field(default_factory=factory, metadata=allowed)
     return field(default=default, metadata=allowed)
@@ -66,7 +66,10 @@ def setting(
 
 def allowed(key: Field) -> Allowed:
     """What was said about a field."""
-    return key.metadata.get("allowed", Allowed())
+    said: dict[str, Any] = dict(key.metadata)
+    if callable(choices := said.get("choices")):
+        said["choices"] = choices()
+    return Allowed(**said)
 
 
 def check(config: Any, prefix: str = "") -> None:

@@ -15,7 +15,6 @@ ATTENTION = ("eager", "sdpa", "flash_attention_2")
 KERNELS = ("auto", "transformers", "torch", "liger", "apex")
 IMAGE_MODES = ("crop", "resize", "pad", "tiles")
 TRANSPARENT = ("white", "mean", "drop")
-CONNECTORS = ("vlora", "mlp", "qformer")
 INITIALISATIONS = ("paper", "stable")
 BACKENDS = ("auto", "reference", "cpu", "hybrid", "fused")
 MERGES = ("auto", "cuda", "triton", "torch")
@@ -124,6 +123,12 @@ class GeneratorConfig:
             raise ConfigError(f"{prefix}every=null and {prefix}layers=null: give one of the two")
 
 
+def _connectors() -> tuple[str, ...]:
+    from model.connectors import CONNECTORS  # late: it reads this module
+
+    return tuple(CONNECTORS)
+
+
 @dataclass
 class ConnectorConfig:
     """How the image reaches the language model.
@@ -138,7 +143,7 @@ class ConnectorConfig:
         num_heads: Heads of the `qformer`.
     """
 
-    name: str = setting("vlora", choices=CONNECTORS)
+    name: str = setting("vlora", choices=_connectors)
     normalize_features: bool | None = None
     num_queries: int = setting(32, within="[1, 65536]")
     num_blocks: int = setting(2, within="[1, 1000]")

@@ -9,13 +9,18 @@ Shapes: I images, S samples, P patches, V features, D hidden width of the LLM, N
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from common.settings import one_of
 from model.config import ModelConfig
+from model.decoder.injection import inject
+from model.flops import blocks_flops, linear_weights
 from model.generator.generator import PerceptualWeightsGenerator
-from model.generator.placement import Placement
+from model.generator.placement import Placement, place
 from model.generator.weights import PerceptualWeights
 
 
@@ -58,18 +63,68 @@ class FeatureNorm(nn.Module):
 
 
 class Connector(nn.Module):
-    """The interface: `forward(features [I, P, V], image_to_sample [I], image_weight [I], n_samples) -> Conditioning`.
+    """The interface. Everything that the rest of the project asks of a connector is asked here.
 
     Attributes:
+        reads: Groups of the configuration that its shapes follow from.
+        makes_weights: Whether it turns an image into `PerceptualWeights`.
         norm: `FeatureNorm` applied first, or None.
+        placement: Where it adds deltas to the LLM's projections, or None.
         visual_tokens: Visual tokens that one image puts into the LLM's input.
+        first_layer: The first decoder layer that the image changes: a frozen LLM is run backwards down to there.
     """
 
-    visual_tokens: int
+    reads: ClassVar[tuple[str, ...]] = ("connector", "generator")
+    makes_weights: ClassVar[bool] = False
+    placement: Placement | None = None
+    visual_tokens: int = 0
+    first_layer: int = 0
 
-    def __init__(self, normalize: bool, feature_width: int) -> None:
+    def __init__(self, config: ModelConfig, feature_width: int) -> None:
         super().__init__()
+        chosen = config.connector.normalize_features
+        normalize = config.generator.init == "stable" if chosen is None else chosen
         self.norm = FeatureNorm(feature_width) if normalize else None
+
+    @classmethod
+    def build(cls, config: ModelConfig, llm: PreTrainedModel, num_patches: int, feature_width: int) -> Self:
+        """The connector for features [I, num_patches, feature_width] and this LLM, which stays as it is.
+
+        Raises:
+            ValueError: the configuration does not fit the parts.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def tokens_per_image(cls, config: ModelConfig, num_patches: int) -> int:
+        """`visual_tokens` of a connector of this kind, before it is built."""
+        return 0
+
+    def attach(self, llm: PreTrainedModel) -> None:
+        """Make the LLM take what this connector makes. Once, before the first forward."""
+
+    def forward(self, features: Tensor, image_to_sample: Tensor, image_weight: Tensor, n_samples: int) -> Conditioning:
+        """Features to conditioning.
+
+        Args:
+            features: [I, P, V].
+            image_to_sample: int64 [I].
+            image_weight: [I]; 0 for the dummy of a batch without images.
+            n_samples: S.
+        """
+        raise NotImplementedError
+
+    def flops(self) -> float:
+        """Of one image's forward."""
+        raise NotImplementedError
+
+    def decoder_flops(self) -> float:
+        """That the decoder spends more on every token of its input, because of this connector."""
+        return 0.0
+
+    def describe(self) -> list[str]:
+        """Lines for the model's table: how the image gets into the LLM."""
+        return [f"{self.visual_tokens} visual tokens per image in the LLM's input"]
 
     def normalized(self, features: Tensor) -> Tensor:
         """Features as the connector's own layers see them."""
@@ -79,29 +134,64 @@ class Connector(nn.Module):
 class VLoRAConnector(Connector):
     """Parameter space: the image becomes low-rank deltas; no visual token."""
 
-    visual_tokens = 0
+    makes_weights = True
 
     def __init__(self, config: ModelConfig, placement: Placement, num_patches: int, feature_width: int) -> None:
-        super().__init__(_normalize(config), feature_width)
+        super().__init__(config, feature_width)
+        self.placement, self.first_layer = placement, placement.layers[0]
         self.generator = PerceptualWeightsGenerator(config.generator, placement, num_patches, feature_width)
+
+    @classmethod
+    def build(cls, config: ModelConfig, llm: PreTrainedModel, num_patches: int, feature_width: int) -> Self:
+        """See `Connector`."""
+        return cls(config, place(llm, config.generator), num_patches, feature_width)
+
+    def attach(self, llm: PreTrainedModel) -> None:
+        """See `Connector`."""
+        assert self.placement is not None
+        inject(llm, self.placement)
 
     def forward(self, features: Tensor, image_to_sample: Tensor, image_weight: Tensor, n_samples: int) -> Conditioning:
         """See `Connector`."""
         features = self.normalized(features)
         return Conditioning(weights=self.generator(features, image_to_sample, image_weight, n_samples))
 
+    def flops(self) -> float:
+        """See `Connector`."""
+        keys = self.generator.keys
+        patches = keys.pos_embed.shape[0]
+        total = 2.0 * patches * linear_weights(keys.visual_proj)
+        for stack in self.generator.stacks:
+            total += blocks_flops(stack.blocks, stack.queries.shape[0], patches)
+            for name, head in stack.heads.items():
+                sites = sum(len(group) for group in stack.groups if str(group[0].d_in) == name)
+                total += 2.0 * sites * head.weight.numel()
+        return total
+
+    def decoder_flops(self) -> float:
+        """See `Connector`."""
+        assert self.placement is not None
+        return sum(2.0 * (site.d_in + site.d_out) * self.generator.config.rank for site in self.placement.sites)
+
+    def describe(self) -> list[str]:
+        """See `Connector`."""
+        assert self.placement is not None
+        layers = ", ".join(map(str, self.placement.layers))
+        lines = [f"deltas of rank {self.generator.config.rank} in layers {layers} (0-based):"]
+        for weight_type in self.placement.types:
+            site = self.placement.of_type(weight_type)[0]
+            lines.append(f"  {weight_type:<5}{site.module:<20}{site.d_in:>6} -> {site.d_out}")
+        return lines
+
 
 class TokenConnector(Connector):
     """Input space: N tokens per image, in the order of a sample's images, in front of the text.
 
-    Args:
+    Attributes:
         projector: Module that maps features [I, P, V] to tokens [I, N, D].
-        visual_tokens: N.
     """
 
-    def __init__(self, config: ModelConfig, feature_width: int, projector: nn.Module, visual_tokens: int) -> None:
-        super().__init__(_normalize(config), feature_width)
-        self.projector, self.visual_tokens = projector, visual_tokens
+    projector: nn.Module
 
     def forward(self, features: Tensor, image_to_sample: Tensor, image_weight: Tensor, n_samples: int) -> Conditioning:
         """See `Connector`. The dummy of a batch without images adds zero times its tokens, so that the projector
@@ -113,7 +203,7 @@ class TokenConnector(Connector):
         if slots == 0:
             out = (tokens * 0).sum().expand(n_samples, 1, tokens.shape[-1])
             return Conditioning(tokens=out, token_mask=image_to_sample.new_zeros(n_samples, 1))
-        # The how-manieth image of its sample each image is; a sample's images stand in order.
+        # The number of each image among those of its sample, which stand in order.
         order = torch.cat([torch.arange(int(n), device=counts.device) for n in counts])
         n, width = tokens.shape[1:]
         out = tokens.new_zeros(n_samples, slots, n, width)
@@ -127,6 +217,30 @@ class MLPProjector(nn.Sequential):
 
     def __init__(self, feature_width: int, hidden_size: int) -> None:
         super().__init__(nn.Linear(feature_width, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
+
+
+class MLPConnector(TokenConnector):
+    """LLaVA-v1.5: every patch becomes a visual token, through a two-layer MLP."""
+
+    reads = ("connector",)
+
+    def __init__(self, config: ModelConfig, num_patches: int, feature_width: int, hidden_size: int) -> None:
+        super().__init__(config, feature_width)
+        self.projector, self.visual_tokens = MLPProjector(feature_width, hidden_size), num_patches
+
+    @classmethod
+    def build(cls, config: ModelConfig, llm: PreTrainedModel, num_patches: int, feature_width: int) -> Self:
+        """See `Connector`."""
+        return cls(config, num_patches, feature_width, _hidden_size(llm))
+
+    @classmethod
+    def tokens_per_image(cls, config: ModelConfig, num_patches: int) -> int:
+        """See `Connector`."""
+        return num_patches
+
+    def flops(self) -> float:
+        """See `Connector`."""
+        return 2.0 * linear_weights(self.projector) * self.visual_tokens
 
 
 class QFormer(nn.Module):
@@ -163,34 +277,45 @@ class QFormer(nn.Module):
         return self.out(self.norm(hidden))
 
 
-def _normalize(config: ModelConfig) -> bool:
-    chosen = config.connector.normalize_features
-    return config.generator.init == "stable" if chosen is None else chosen
+class QFormerConnector(TokenConnector):
+    """Learned queries become the visual tokens, as many for any image."""
+
+    def __init__(self, config: ModelConfig, num_patches: int, feature_width: int, hidden_size: int) -> None:
+        super().__init__(config, feature_width)
+        self.projector = QFormer(config, num_patches, feature_width, hidden_size)
+        self.visual_tokens = config.connector.num_queries
+
+    @classmethod
+    def build(cls, config: ModelConfig, llm: PreTrainedModel, num_patches: int, feature_width: int) -> Self:
+        """See `Connector`."""
+        return cls(config, num_patches, feature_width, _hidden_size(llm))
+
+    @classmethod
+    def tokens_per_image(cls, config: ModelConfig, num_patches: int) -> int:
+        """See `Connector`."""
+        return config.connector.num_queries
+
+    def flops(self) -> float:
+        """See `Connector`."""
+        former = self.projector
+        patches, queries = former.pos_embed.shape[0], former.queries.shape[0]
+        projections = patches * linear_weights(former.visual_proj) + queries * linear_weights(former.out)
+        return 2.0 * projections + blocks_flops(former.blocks, queries, patches)
 
 
-def visual_tokens(config: ModelConfig, num_patches: int) -> int:
-    """Visual tokens that one image puts into the LLM's input."""
-    return {"mlp": num_patches, "qformer": config.connector.num_queries}.get(config.connector.name, 0)
+CONNECTORS: dict[str, type[Connector]] = {"vlora": VLoRAConnector, "mlp": MLPConnector, "qformer": QFormerConnector}
+"""By `connector.name`. One more needs its class, its line here and its `conf/connector/NAME.yaml`."""
 
 
-def build_connector(
-    config: ModelConfig, placement: Placement | None, num_patches: int, feature_width: int, hidden_size: int
-) -> Connector:
-    """The connector named in `config.connector.name`.
+def connector_class(config: ModelConfig) -> type[Connector]:
+    """The class of `config.connector.name`.
 
     Raises:
-        ValueError: an unknown name.
+        ConfigError: no connector of that name.
     """
-    tokens = visual_tokens(config, num_patches)
-    match config.connector.name:
-        case "vlora":
-            if placement is None:
-                raise ValueError("connector.name=vlora needs a placement")
-            return VLoRAConnector(config, placement, num_patches, feature_width)
-        case "mlp":
-            return TokenConnector(config, feature_width, MLPProjector(feature_width, hidden_size), tokens)
-        case "qformer":
-            projector = QFormer(config, num_patches, feature_width, hidden_size)
-            return TokenConnector(config, feature_width, projector, tokens)
-        case other:
-            raise ValueError(f"connector.name={other!r}: choose vlora, mlp or qformer")
+    one_of("connector.name", config.connector.name, tuple(CONNECTORS))
+    return CONNECTORS[config.connector.name]
+
+
+def _hidden_size(llm: PreTrainedModel) -> int:
+    return llm.config.get_text_config().hidden_size

@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 from model.batch import IGNORE, Batch
 from model.config import ModelConfig
-from model.connectors import Conditioning, Connector, build_connector
-from model.decoder.injection import compile_forward, inject, pinned
+from model.connectors import Conditioning, Connector, connector_class
+from model.decoder.injection import compile_forward, pinned
 from model.decoder.loss import attach_loss
 from model.decoder.norms import resolve_kernels, use_kernels
 from model.decoder.packing import Packing
-from model.generator.placement import Placement, decoder_layers, place
+from model.generator.placement import Placement, decoder_layers
 from model.generator.weights import PerceptualWeights
 from model.loading import build_llm
 from model.vision import VisionEncoder, build_vision
@@ -58,13 +58,18 @@ class VisionLanguageModel(nn.Module):
         vision: VisionEncoder | None,
         connector: Connector,
         llm: PreTrainedModel,
-        placement: Placement | None,
         pack_tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.vision, self.connector, self.llm = vision, connector, llm
-        self.placement, self.pack_tokens = placement, pack_tokens
+        self.pack_tokens = pack_tokens
+        connector.attach(llm)
         attach_loss(llm)
+
+    @property
+    def placement(self) -> Placement | None:
+        """Where the connector adds deltas to the LLM."""
+        return self.connector.placement
 
     def encode(self, images: Tensor) -> Tensor:
         """Pixels [I, 3, H, W] -> features [I, P, V]; cached features pass through."""
@@ -212,15 +217,11 @@ def build_model(
     """
     llm = build_llm(config.llm if llm_path is None else replace(config.llm, path=llm_path), dtype, meta)
     sizes = build_vision(config.vision, dtype, meta) if vision is None else vision
-    placement = place(llm, config.generator) if config.connector.name == "vlora" else None
-    hidden_size = llm.config.get_text_config().hidden_size
     with torch.device("meta" if meta else "cpu"):
-        connector = build_connector(config, placement, sizes.num_patches, sizes.feature_width, hidden_size)
+        connector = connector_class(config).build(config, llm, sizes.num_patches, sizes.feature_width)
     for parameter in connector.parameters():  # not its statistics
         parameter.data = parameter.data.to(dtype)
-    if placement is not None:
-        inject(llm, placement)
-    model = VisionLanguageModel(sizes if vision is None else None, connector, llm, placement, config.llm.pack_tokens)
+    model = VisionLanguageModel(sizes if vision is None else None, connector, llm, config.llm.pack_tokens)
     if not meta:
         use_kernels(llm, resolve_kernels(config.llm.kernels, torch.cuda.is_available()))
     return model

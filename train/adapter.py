@@ -14,6 +14,7 @@ import torch
 
 from common.errors import run_cli
 from model.config import parse_types
+from model.connectors import connector_class
 from model.deploy.adapter import save_adapter
 from model.deploy.merging import merged
 from train import config as configuration
@@ -46,8 +47,8 @@ def main() -> int:
     options: Options = configuration.parse_options(Options, sys.argv[1:])
     run = Path(options.run)
     config = configuration.load(run / "config.yaml")
-    if config.connector.name != "vlora":
-        raise ConfigError(f"{run} has connector={config.connector.name}, which makes no weights; only vlora does")
+    if not connector_class(config.model).makes_weights:
+        raise ConfigError(f"{run} has connector={config.connector.name}, which makes no weights; take a run of vlora")
     types = None if options.types is None else parse_types(options.types)
     views = load_preprocessor(config.vision)(Path(options.image).read_bytes())
     distributed.quiet()

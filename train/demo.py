@@ -23,6 +23,7 @@ import psutil
 import torch
 
 from common.errors import UserError, run_cli
+from model.connectors import CONNECTORS
 from train.process import launch
 
 
@@ -123,7 +124,7 @@ def main() -> int:
     """Parse the command line and run the pipeline."""
     parser = argparse.ArgumentParser(prog="python -m train.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder for runs and report")
-    parser.add_argument("--connectors", nargs="+", default=["vlora"], choices=["vlora", "mlp", "qformer"])
+    parser.add_argument("--connectors", nargs="+", default=["vlora"], choices=list(CONNECTORS))
     parser.add_argument("--llm", default="smollm2_135m", choices=["smollm2_135m", "tiny"])
     parser.add_argument("--questions", type=int, default=2000, help="test questions, a fixed random subset; 0: all")
     parser.add_argument("overrides", nargs="*", help="further overrides for both stages, key=value")

@@ -21,9 +21,7 @@ from transformers import (
 
 from model.batch import Batch
 from model.config import ConnectorConfig, GeneratorConfig, ModelConfig, VisionConfig
-from model.connectors import build_connector
-from model.decoder.injection import inject
-from model.generator.placement import place
+from model.connectors import VLoRAConnector, connector_class
 from model.vision import VisionEncoder
 from model.vlm import VisionLanguageModel
 
@@ -92,13 +90,11 @@ def build(
     """A whole tiny model whose deltas are not zero."""
     torch.manual_seed(seed)
     language, images = decoder(llm), VisionEncoder(vision(encoder), model_config.vision)
-    placement = place(language, model_config.generator) if model_config.connector.name == "vlora" else None
-    connector = build_connector(model_config, placement, images.num_patches, images.feature_width, 32)
-    if placement is not None:
-        inject(language, placement)
+    connector = connector_class(model_config).build(model_config, language, images.num_patches, images.feature_width)
+    if isinstance(connector, VLoRAConnector):
         for factors in connector.generator.output_factors.values():
             torch.nn.init.normal_(factors.weight, std=0.3)
-    return VisionLanguageModel(images, connector, language, placement)
+    return VisionLanguageModel(images, connector, language)
 
 
 def batch(

@@ -1,11 +1,13 @@
 import pytest
 import torch
 
+from common import settings
+from common.errors import ConfigError
 from model.batch import IGNORE
-from model.connectors import FeatureNorm, build_connector
+from model.connectors import CONNECTORS, FeatureNorm, TokenConnector, connector_class
 from tests.model import parts
-
-CONNECTORS = ("vlora", "mlp", "qformer")
+from train.measure.flops import FlopCounter
+from train.measure.summary import describe
 
 
 def loss(model, batch):
@@ -115,5 +117,44 @@ def test_rows_without_targets_give_a_zero_loss_with_a_graph():
 def test_unknown_connector():
     config = parts.config()
     config.connector.name = "magic"
-    with pytest.raises(ValueError, match="choose vlora, mlp or qformer"):
-        build_connector(config, None, 4, 24, 32)
+    with pytest.raises(ConfigError, match="connector.name=magic: choose one of vlora, mlp, qformer"):
+        connector_class(config)
+
+
+class MeanConnector(TokenConnector):
+    """One visual token per image, the mean of its patches: a connector that nothing of ours knows."""
+
+    reads = ()
+    visual_tokens = 1
+
+    def __init__(self, config, feature_width, hidden_size):
+        super().__init__(config, feature_width)
+        self.out = torch.nn.Linear(feature_width, hidden_size)
+        self.projector = lambda features: self.out(features.mean(1, keepdim=True))
+
+    @classmethod
+    def build(cls, config, llm, num_patches, feature_width):
+        return cls(config, feature_width, llm.config.hidden_size)
+
+    @classmethod
+    def tokens_per_image(cls, config, num_patches):
+        return 1
+
+    def flops(self):
+        return 2.0 * self.out.weight.numel()
+
+
+def test_one_more_connector_is_one_class_and_one_line(monkeypatch):
+    """Configuration, model, table, FLOPs and memory plan all take it from the registry."""
+    config = parts.config("mean")
+    with pytest.raises(ConfigError, match="connector.name=mean: choose one of vlora, mlp, qformer"):
+        settings.check(config)
+    monkeypatch.setitem(CONNECTORS, "mean", MeanConnector)
+    settings.check(config)
+    model = parts.build(config)
+    batch = parts.batch(rows=[0, 1], images=[0, 0, 1])
+    model(batch).loss_sum.backward()
+    assert model.connector.out.weight.grad.any()
+    assert "1 visual tokens per image" in describe(model)
+    step = FlopCounter(model, features_cached=False).step(rows=2, text_tokens=14, targets=12, images=3)
+    assert step.connector == 3 * 3 * 2 * 24 * 32

@@ -119,10 +119,8 @@ def load_connector(connector: Connector, run_dir: Path, config: ModelConfig, ide
                 f"{run_dir} was trained with another {key} (fingerprint {record['identity'][key]}, here "
                 f"{identity[key]}); use that {key}, its deltas mean nothing to another one"
             )
-    for group in ("connector", "generator"):
+    for group in connector.reads:
         ours = asdict(getattr(config, group))
-        if group == "generator" and config.connector.name == "mlp":
-            continue  # the generator's sizes do not concern it
         for key, value in record[group].items():
             if ours.get(key) != value:
                 raise CheckpointError(f"{run_dir} has {group}.{key}={value}, but this run asks for {ours.get(key)}")

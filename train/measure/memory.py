@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data_prep.store.errors import CorruptShardError, DataError
 from model.batch import Batch
-from model.connectors import Conditioning, TokenConnector, visual_tokens
+from model.connectors import Conditioning, TokenConnector, connector_class
 from model.decoder import loss
 from model.generator.placement import decoder_layers
 from model.ops import Rows
@@ -110,10 +110,8 @@ def available(config: RunConfig, device: torch.device | None = None, local_world
 
 def image_tokens(config: RunConfig) -> int:
     """Visual tokens that an image adds to every row of its sample, at most."""
-    patches = 0
-    if config.connector.name == "mlp":
-        patches = build_vision(config.vision, torch.float32, meta=True).num_patches
-    return most_views(config.vision) * visual_tokens(config.model, patches)
+    patches = build_vision(config.vision, torch.float32, meta=True).num_patches
+    return most_views(config.vision) * connector_class(config.model).tokens_per_image(config.model, patches)
 
 
 def workload(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None, samples: int) -> Workload:

@@ -19,16 +19,7 @@ def describe(model: VisionLanguageModel) -> str:
     lines += [f"{part:<16}{trained:>16,}{frozen:>16,}" for part, (trained, frozen) in counts.items()]
     total = [sum(column) for column in zip(*counts.values(), strict=True)]
     lines.append(f"{'total':<16}{total[0]:>16,}{total[1]:>16,}")
-    if model.placement is not None:
-        rank = model.connector.generator.config.rank
-        layers = ", ".join(map(str, model.placement.layers))
-        lines.append(f"deltas of rank {rank} in layers {layers} (0-based):")
-        for weight_type in model.placement.types:
-            site = model.placement.of_type(weight_type)[0]
-            lines.append(f"  {weight_type:<5}{site.module:<20}{site.d_in:>6} -> {site.d_out}")
-    else:
-        lines.append(f"{model.connector.visual_tokens} visual tokens per image in the LLM's input")
-    return "\n".join(lines)
+    return "\n".join([*lines, *model.connector.describe()])
 
 
 def parameter_counts(model: VisionLanguageModel) -> dict[str, int]:
