@@ -23,7 +23,9 @@ import psutil
 import torch
 
 from common.errors import UserError, run_cli
+from common.files import write_atomically
 from model.connectors import CONNECTORS
+from train.config import DTYPES
 from train.process import launch
 
 
@@ -144,19 +146,43 @@ def main() -> int:
     return _report(arguments, steps, out, results, time.perf_counter() - started)
 
 
-def precision() -> str:
-    """`bf16` where this machine computes in it (AVX512-BF16, AMX, any GPU), else `fp32`."""
+def precision(out: Path) -> str:
+    """`bf16` where this machine is faster in it, else `fp32`; measured once per demo and kept in `out`.
+
+    CPUs that know bf16 instructions need not be faster with them: without AMX, torch's bf16 products were measured 1.5
+    to 1.8 times slower than fp32. So the products of a training step are timed in both, in turn, on one thread.
+    """
     if torch.cuda.is_available():
         return "bf16"
-    cpu = torch.cpu.get_capabilities()
-    return "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "fp32"
+    file = out / "precision.json"
+    if not file.exists():
+        torch.set_num_threads(1)  # a process with OpenMP threads could not be forked into workers
+        seconds = {name: min(_product_seconds(dtype) for _ in range(3)) for name, dtype in DTYPES.items()}
+        # What is not a product costs the same or more in bf16, so it has to win clearly.
+        chosen = "bf16" if seconds["bf16"] < 0.8 * seconds["fp32"] else "fp32"
+        write_atomically(file, json.dumps({"chosen": chosen, "product_seconds": seconds}, indent=1))
+        print(f"precision: {chosen} (products: fp32 {seconds['fp32']:.3f} s, bf16 {seconds['bf16']:.3f} s)", flush=True)
+    return json.loads(file.read_text())["chosen"]
+
+
+def _product_seconds(dtype: torch.dtype, tokens: int = 1024, width: int = 576, inner: int = 1536) -> float:
+    """CPU seconds of one MLP projection's three products (forward and both gradients), ten times; SmolLM2's shapes."""
+    x, weight, gradient = (
+        torch.randn(*shape, dtype=dtype) for shape in ((tokens, width), (inner, width), (tokens, inner))
+    )
+    start = time.process_time()
+    for _ in range(10):
+        x @ weight.T
+        gradient @ weight
+        gradient.T @ x
+    return time.process_time() - start
 
 
 def _connector(connector: str, arguments: argparse.Namespace, steps: Steps, out: Path) -> dict[str, Any]:
     """Both stages and the evaluations of one connector."""
     common = [f"connector={connector}", f"llm={arguments.llm}"]
     if arguments.llm != "tiny":  # too small to gain from it
-        common.append(f"engine.precision={precision()}")
+        common.append(f"engine.precision={precision(out)}")
     common += arguments.overrides
     runs = {stage: out / connector / stage for stage in ("pretrain", "finetune")}
     for stage, run in runs.items():
