@@ -92,7 +92,7 @@ class VisionLanguageModel(nn.Module):
         for a loss of zero.
         """
         conditioning = self.condition(batch)
-        inputs, offset = self._llm_inputs(batch, conditioning)
+        inputs, offset = self.llm_inputs(batch, conditioning)
         tokens = inputs["attention_mask"].sum()
         packing = self._pack(inputs) if self.pack_tokens else None
         if "perceptual_weights" in inputs:
@@ -159,7 +159,7 @@ class VisionLanguageModel(nn.Module):
             options: Of transformers' `generate`: sampling (`do_sample=True, temperature=0.7`), `streamer`.
         """
         conditioning = self.condition(batch) if batch.has_image else None
-        inputs, _ = self._llm_inputs(batch, conditioning)
+        inputs, _ = self.llm_inputs(batch, conditioning)
         weights = inputs.pop("perceptual_weights", None)
         inputs.pop("position_ids")  # generate derives the same ones from the mask
         pin: AbstractContextManager = pinned(self.llm, weights) if self.placement is not None else nullcontext()
@@ -173,8 +173,11 @@ class VisionLanguageModel(nn.Module):
             )
         return out if "inputs_embeds" in inputs else out[:, batch.input_ids.shape[1] :]
 
-    def _llm_inputs(self, batch: Batch, conditioning: Conditioning | None) -> tuple[dict, int]:
-        """Keywords of the decoder's forward, and how many positions stand in front of the text."""
+    def llm_inputs(self, batch: Batch, conditioning: Conditioning | None) -> tuple[dict, int]:
+        """Keywords of the decoder's forward, and how many positions stand in front of the text.
+
+        Only the connector `vlora` adds `perceptual_weights`; the others give `inputs_embeds` in place of `input_ids`.
+        """
         mask = batch.attention_mask
         if conditioning is None or conditioning.tokens is None or conditioning.token_mask is None:
             inputs = {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": _positions(mask)}
@@ -216,12 +219,29 @@ def build_model(
         ValueError: anything in `config` that does not fit the parts (a `ModelError` where it concerns a path).
     """
     llm = build_llm(config.llm if llm_path is None else replace(config.llm, path=llm_path), dtype, meta)
-    sizes = build_vision(config.vision, dtype, meta) if vision is None else vision
+    encoder = build_vision(config.vision, dtype, meta) if vision is None else None
     with torch.device("meta" if meta else "cpu"):
-        connector = connector_class(config).build(config, llm, sizes.num_patches, sizes.feature_width)
-    for parameter in connector.parameters():  # not its statistics
+        model = assemble(config, llm, encoder, vision)
+    for parameter in model.connector.parameters():  # not its statistics
         parameter.data = parameter.data.to(dtype)
-    model = VisionLanguageModel(sizes if vision is None else None, connector, llm, config.llm.pack_tokens)
     if not meta:
         use_kernels(llm, resolve_kernels(config.llm.kernels, torch.cuda.is_available()))
     return model
+
+
+def assemble(
+    config: ModelConfig, llm: PreTrainedModel, vision: VisionEncoder | None, sizes: VisionEncoder | None = None
+) -> VisionLanguageModel:
+    """Put a fresh connector between the two parts.
+
+    Args:
+        config: Its sizes.
+        llm: The language model, which is changed to accept perceptual weights.
+        vision: The encoder; none: `sizes` is one whose features are cached.
+        sizes: See `vision`.
+    """
+    known = vision if sizes is None else sizes
+    if known is None:
+        raise ValueError("assemble needs the vision encoder, or one whose features are cached as sizes=")
+    connector = connector_class(config).build(config, llm, known.num_patches, known.feature_width)
+    return VisionLanguageModel(vision, connector, llm, config.llm.pack_tokens)

@@ -20,7 +20,7 @@ from model.deploy.merging import merged
 from train import config as configuration
 from train.config import ConfigError
 from train.data import load_preprocessor
-from train.engine.export import exported_llm
+from train.engine.export import trained_part
 from train.evaluate import load_model
 from train.process import distributed
 
@@ -59,7 +59,7 @@ def main() -> int:
         weights = model.connector(features, one_sample, features.new_ones(len(views)), 1).weights
         with merged(model.llm, weights, 0) as report:
             print(report)
-    base = exported_llm(run) or config.llm.path
+    base = trained_part(run, "llm") or config.llm.path
     save_adapter(Path(options.out), model.llm, weights, 0, str(base), types)
     print(f"adapter: {options.out}")
     return 0

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ from model.vlm import VisionLanguageModel, build_model
 from train import config as configuration
 from train.config import DTYPES, ConfigError, RunConfig
 from train.data import EvalLoader, load_preprocessor, make_text, open_split, open_train_split
-from train.engine.export import exported_llm, load_connector
-from train.measure import scoring
+from train.engine.export import FOLDER, load_connector, trained_part
+from train.measure import card, scoring
 from train.measure.scoring import Question
 from train.process import distributed
 
@@ -85,9 +85,9 @@ def load_model(config: RunConfig, run: Path, device: torch.device) -> VisionLang
         set_backend(config.ops.backend, device)
         set_merge(config.ops.merge, device)
     identity = {"llm": fingerprint(config.llm.path), "vision": fingerprint(config.vision.path)}
-    llm = exported_llm(run)
-    dtype = DTYPES[config.engine.precision]
-    model = build_model(config.model, dtype, llm_path=None if llm is None else str(llm))
+    llm, vision = trained_part(run, "llm"), trained_part(run, "vision")
+    own = replace(config.model, vision=replace(config.vision, path=str(vision or config.vision.path)))
+    model = build_model(own, DTYPES[config.engine.precision], llm_path=None if llm is None else str(llm))
     load_connector(model.connector, run, config.model, identity)
     return model.to(device).eval()
 
@@ -196,6 +196,8 @@ def _write(
         "blind_floor": scoring.as_dict(floor),
     }
     write_atomically(folder / f"{name}.json", json.dumps(summary, indent=1))
+    if (run / FOLDER / "config.json").is_file():
+        card.write(run, run / FOLDER)
     print(f"{run}: {len(records)} of {summary['available']} {options.split} questions, images: {options.images}")
     print(f"{'type':<10}{'count':>7}{'right %':>9}{'95 % interval':>18}{'blind %':>9}")
     for key, value in result.items():

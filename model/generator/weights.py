@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model.generator.placement import Placement, Site, decoder_layers
-from model.ops import Rows, Segments
+from model.ops import NO_SAMPLE, Rows, Segments
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,87 @@ class PerceptualWeights:
         return self.scale * (self.a[site][sample].float() @ self.b[site].float()).T
 
     def __add__(self, other: PerceptualWeights) -> PerceptualWeights:
-        """Add up the generated factors: the weights of the union of two sets of images (B is shared)."""
+        """Add up the generated factors: the weights of the union of two sets of images (B is shared).
+
+        Raises:
+            ValueError: weights of another model.
+        """
+        self._require_same_model(other)
         return replace(self, a={site: a + other.a[site] for site, a in self.a.items()})
+
+    def __mul__(self, factor: float) -> PerceptualWeights:
+        """The same update, so many times as strong."""
+        return replace(self, a={site: a * factor for site, a in self.a.items()})
+
+    __rmul__ = __mul__
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PerceptualWeights:
+        """Copy the factors to a device, and to `dtype` if given."""
+        a, b = ({site: x.to(device, dtype) for site, x in factors.items()} for factors in (self.a, self.b))
+        return replace(self, a=a, b=b)
+
+    @classmethod
+    def batch(cls, each: Sequence[PerceptualWeights | None]) -> PerceptualWeights:
+        """Weights for as many rows, each with one sample's or none.
+
+        Raises:
+            ValueError: no row has any, an entry of several samples, or weights of different models.
+        """
+        given = [weights for weights in each if weights is not None]
+        if not given or any(weights.n_samples != 1 for weights in given):
+            raise ValueError("give one set of weights per row, or None, and at least one that is not None")
+        first = given[0]
+        for weights in given[1:]:
+            first._require_same_model(weights)
+        a = {site: torch.cat([weights.a[site] for weights in given]) for site in first.a}
+        number = iter(range(len(given)))
+        rows = [NO_SAMPLE if weights is None else next(number) for weights in each]
+        return replace(first, a=a, rows=Rows.padded(rows, len(given)))
+
+    def repeat_rows(self, count: int, times: int) -> PerceptualWeights:
+        """For rows of which each of `count` became `times` neighbours (beams).
+
+        Raises:
+            ValueError: rows that are laid out already.
+        """
+        if isinstance(self.rows, Segments):
+            raise ValueError("rows that are laid out as segments cannot be repeated")
+        if self.rows is None and self.n_samples == 1:
+            return self
+        sample = range(count) if self.rows is None else self.rows.sample
+        return self.for_rows(Rows.padded([s for s in sample for _ in range(times)], self.n_samples))
+
+    def save(self, file: Path | str) -> None:
+        """Write a safetensors file that `load` reads: factors A and B in their own dtype, rows left out."""
+        tensors = {f"{name}.{site.name}": x for name, f in (("a", self.a), ("b", self.b)) for site, x in f.items()}
+        placed = {
+            "layers": self.placement.layers,
+            "types": self.placement.types,
+            "sites": [asdict(site) for site in self.placement.sites],
+        }
+        metadata = {"format": "pt", "scale": repr(self.scale), "placement": json.dumps(placed)}
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file, metadata=metadata)
+
+    @classmethod
+    def load(cls, file: Path | str, device: str = "cpu") -> PerceptualWeights:
+        """What `save` wrote.
+
+        Raises:
+            ValueError: another kind of file.
+        """
+        with safe_open(file, framework="pt", device=device) as stream:
+            facts = stream.metadata() or {}
+            if "placement" not in facts:
+                raise ValueError(f"{file} holds no perceptual weights")
+            placed = json.loads(facts["placement"])
+            sites = tuple(Site(**site) for site in placed["sites"])
+            a, b = ({site: stream.get_tensor(f"{name}.{site.name}") for site in sites} for name in ("a", "b"))
+        return cls(Placement(tuple(placed["layers"]), tuple(placed["types"]), sites), a, b, float(facts["scale"]))
+
+    def _require_same_model(self, other: PerceptualWeights) -> None:
+        same = self.placement == other.placement and self.scale == other.scale
+        if not same or not all(self.b[s] is other.b[s] or torch.equal(self.b[s], other.b[s]) for s in self.b):
+            raise ValueError("these weights were made by different models; only those of one model can be combined")
 
     def image_share(self) -> Tensor:
         """Share of A's energy that varies with the image, between 0 and 1; fp32 scalar.

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import vlora
 from data_prep.store.writer import write_split
 from tests.model import parts
 from tests.train import world
@@ -67,7 +68,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(home, pretrained, tmp_p
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "run") == losses(pretrained)
     assert [step for step, *_ in losses(pretrained)] == list(range(1, STEPS + 1))
-    export = "export/connector.safetensors"
+    export = "export/model.safetensors"
     assert same_tensors(tmp_path / "run" / export, pretrained / export)
 
 
@@ -106,8 +107,16 @@ def test_finetuning_resumes_exactly_and_exports_the_llm(home, pretrained, tmp_pa
     assert len(re.findall(r"error: DataLoader worker .*lower data.num_workers", err)) == 1, err
     assert world.train(arguments("cut")).returncode == 0
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    for file in ("export/connector.safetensors", "export/llm/model.safetensors"):
+    for file in ("export/model.safetensors", "export/llm/model.safetensors"):
         assert same_tensors(tmp_path / "cut" / file, tmp_path / "whole" / file)
+    model, processor = vlora.load(tmp_path / "whole")
+    assert model.config.parts["llm"]["path"] == "llm" and model.config.parts["vision"]["base"] is None
+    export = load_file(tmp_path / "whole/export/model.safetensors")
+    assert all(export["connector." + key].equal(value) for key, value in model.model.connector.state_dict().items())
+    inputs = processor.batch([processor.text.encode_prompt([{"role": "user", "content": "what color?"}])], [[]])
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
+    card = (tmp_path / "whole/export/README.md").read_text()
+    assert "20 of 8 samples" in card and "started from" in card and "trained here, in this folder" in card
     base, tuned = load_file(home / "llm/model.safetensors"), load_file(tmp_path / "whole/export/llm/model.safetensors")
     assert base.keys() == tuned.keys()
     assert base["model.embed_tokens.weight"].equal(tuned["model.embed_tokens.weight"])  # frozen by pattern
@@ -135,9 +144,7 @@ def test_bf16_trains_both_stages_on_tiles(home, tmp_path):
         assert len(table) == 4 and {"sample", "question", "answer", "prediction"} == json.loads(table[0]).keys()
         found = [loss for _, loss, _ in losses(run)]
         assert len(found) == 6 and found[-1] < found[0]
-        assert {t.dtype for t in load_file(run / "export/connector.safetensors").values() if t.dim() > 1} == {
-            torch.float32
-        }
+        assert {t.dtype for t in load_file(run / "export/model.safetensors").values() if t.dim() > 1} == {torch.float32}
     assert {t.dtype for t in load_file(second / "export/llm/model.safetensors").values()} == {torch.bfloat16}
 
 
@@ -191,10 +198,10 @@ def test_a_half_written_checkpoint_is_not_read(pretrained, tmp_path):
 
 
 def test_a_finished_run_is_left_alone(home, pretrained):
-    before = (pretrained / "export" / "connector.safetensors").stat().st_mtime_ns
+    before = (pretrained / "export" / "model.safetensors").stat().st_mtime_ns
     done = world.train(world.overrides(home, pretrained, f"stage.steps={STEPS}", "checkpoint.every=10"))
     assert done.returncode == 0 and "finished" in done.stdout
-    assert (pretrained / "export" / "connector.safetensors").stat().st_mtime_ns == before
+    assert (pretrained / "export" / "model.safetensors").stat().st_mtime_ns == before
 
 
 def test_adapter_of_one_image(pretrained, tmp_path, monkeypatch, capsys):

@@ -1,36 +1,36 @@
-"""Weights that leave a run: what the next stage, the evaluation and other programs read.
-
-RUN_DIR/export/connector.safetensors   the connector, feature statistics included, fp32
-RUN_DIR/export/llm/                    a Hugging Face folder, when the LLM was trained
-RUN_DIR/export/export.json             what they belong to
-"""
+"""Weights that leave a run, as the self-describing folder that `vlora` reads: RUN_DIR/export (see `vlora.folder`)."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from common.files import write_atomically
+from data_prep.store.pixels import load_preprocessor
 from model.config import ModelConfig
 from model.connectors import Connector
+from model.loading import ModelError, fingerprint, pretrained_config
+from train.config import DTYPES, RunConfig
 from train.engine.checkpoint import CheckpointError
+from train.measure import card
 from train.process import distributed
+from vlora import folder as folders
+from vlora.chat_templates import chat_template
+from vlora.configuration import VLoRAConfig
+from vlora.processing import VLoRAImageProcessor, VLoRAProcessor
 
 if TYPE_CHECKING:  # DeepSpeed takes seconds to import and evaluation has no need of it
     from train.engine.engine import Engine
 
 
-FOLDER = "export"
+FOLDER = folders.EXPORT
 
 
 def full_tensors(module: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -59,34 +59,47 @@ def full_tensors(module: nn.Module, dtype: torch.dtype | None = None) -> Iterato
 
 
 def export(
-    engine: Engine, run_dir: Path, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, identity: dict[str, str]
+    engine: Engine, run_dir: Path, tokenizer: PreTrainedTokenizerBase, config: RunConfig, identity: dict[str, str]
 ) -> Path:
     """Write the export of a finished stage, replacing an earlier one. Collective.
+
+    Parts that were trained, in this stage or in one before it, are written; of the others their place and fingerprint.
 
     Raises:
         CheckpointError: it cannot be written.
     """
     model, main = engine.model, distributed.rank() == 0
     folder, temporary = run_dir / FOLDER, run_dir / f".{FOLDER}.writing"
-    llm_trained = any(p.requires_grad for p in model.llm.parameters())
     connector = dict(full_tensors(model.connector))
-    dtype = next(model.llm.parameters()).dtype
-    llm = dict(full_tensors(model.llm, dtype)) if llm_trained else {}
+    every = {"llm": model.llm} | ({} if model.vision is None else {"vision": model.vision.encoder})
+    trained = {
+        n: p for n, p in every.items() if any(x.requires_grad for x in p.parameters()) or exported_part(config, n)
+    }
+    own = {name: dict(full_tensors(part, next(part.parameters()).dtype)) for name, part in trained.items()}
     if main:
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            save_file(connector, temporary / "connector.safetensors")
-            if llm_trained:
-                # A tied head has no parameter of its own: save_pretrained leaves it out as it does for any tied model.
-                model.llm.save_pretrained(temporary / "llm", state_dict=llm, max_shard_size="4GB")
+            parts: dict[str, Any] = {}
+            for name, path in (("llm", config.llm.path), ("vision", config.vision.path)):
+                place = Path(path).expanduser()
+                base = {"path": str(place.resolve()) if place.is_dir() else path, "fingerprint": identity[name]}
+                parts[name] = base | {"base": None}
+                if name in own:
+                    _save_part(trained[name], own[name], temporary / name)
+                    parts[name] = {"path": name, "fingerprint": fingerprint(str(temporary / name)), "base": base}
+                elif (earlier := exported_part(config, name)) is not None:  # its features are cached: not in the model
+                    shutil.copytree(earlier, temporary / name)
+                    parts[name] = {"path": name, "fingerprint": fingerprint(str(earlier)), "base": base}
+            if "llm" in own:
                 tokenizer.save_pretrained(temporary / "llm")
-            record = {
-                "connector": asdict(config.connector),
-                "generator": asdict(config.generator),
-                "identity": identity,
-            }
-            write_atomically(temporary / "export.json", json.dumps(record, indent=1))
+            vision_config = pretrained_config("vision", config.vision.path, config.vision.architecture)
+            dtype = str(DTYPES[config.engine.precision]).removeprefix("torch.")
+            described = VLoRAConfig.of(config.model, parts, dtype, model.llm.config, vision_config)
+            template, images = config.data.template, VLoRAImageProcessor.of(load_preprocessor(config.vision))
+            processor = VLoRAProcessor(images, tokenizer, template, chat_template(template, tokenizer))
+            folders.write(temporary, described, connector, processor, folders.generation_config(processor))
+            card.write(run_dir, temporary)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(temporary, folder)
         except OSError as error:
@@ -95,10 +108,27 @@ def export(
     return folder
 
 
-def exported_llm(run_dir: Path) -> Path | None:
-    """Folder of the finetuned LLM of a run, or None when that run kept the base model."""
-    folder = run_dir / FOLDER / "llm"
-    return folder if folder.is_dir() else None
+def _save_part(part: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+    # A tied head has no parameter of its own: save_pretrained leaves it out as it does for any tied model.
+    caches = getattr(part.config, "use_cache", None)
+    if caches is not None:  # off in training only
+        part.config.use_cache = True
+    part.save_pretrained(folder, state_dict=tensors, max_shard_size="4GB")
+    if caches is not None:
+        part.config.use_cache = caches
+
+
+def exported_part(config: RunConfig, part: str) -> Path | None:
+    """Folder of the trained `llm` or `vision` that a run starts from, or None where it starts from the base model."""
+    return None if config.init_from is None else trained_part(Path(config.init_from), part)
+
+
+def trained_part(run_dir: Path, part: str) -> Path | None:
+    """Folder of the trained `llm` or `vision` of a run, or None where that run kept the base model."""
+    for folder in (run_dir / FOLDER / part, run_dir / part):
+        if folder.is_dir() and (folder / "config.json").is_file():
+            return folder
+    return None
 
 
 def load_connector(connector: Connector, run_dir: Path, config: ModelConfig, identity: dict[str, str]) -> None:
@@ -107,21 +137,22 @@ def load_connector(connector: Connector, run_dir: Path, config: ModelConfig, ide
     Raises:
         CheckpointError: no export there, another connector or sizes, or another base LLM or vision encoder.
     """
-    folder = run_dir / FOLDER
-    if not (folder / "export.json").is_file():
-        raise CheckpointError(
-            f"{run_dir} has no finished export ({folder / 'export.json'} is missing); let that run finish first"
-        )
-    record = json.loads((folder / "export.json").read_text())
-    for key in ("llm", "vision"):
-        if record["identity"][key] != identity[key]:
+    try:
+        folder = folders.find(run_dir, local_files_only=True)
+    except ModelError as error:
+        raise CheckpointError(f"{run_dir} has no finished export ({error}); let that run finish first") from error
+    theirs = folders.read_config(folder)
+    parts = theirs.parts or {}
+    for part in ("llm", "vision"):
+        base = parts[part]["base"] or parts[part]
+        if base["fingerprint"] != identity[part]:
             raise CheckpointError(
-                f"{run_dir} was trained with another {key} (fingerprint {record['identity'][key]}, here "
-                f"{identity[key]}); use that {key}, its deltas mean nothing to another one"
+                f"{run_dir} was trained with another {part} (fingerprint {base['fingerprint']}, here "
+                f"{identity[part]}); use that {part}, its deltas mean nothing to another one"
             )
     for group in connector.reads:
         ours = asdict(getattr(config, group))
-        for key, value in record[group].items():
+        for key, value in getattr(theirs, group).items():
             if ours.get(key) != value:
                 raise CheckpointError(f"{run_dir} has {group}.{key}={value}, but this run asks for {ours.get(key)}")
-    connector.load_state_dict(load_file(folder / "connector.safetensors"))
+    connector.load_state_dict(folders.read_connector(folder))

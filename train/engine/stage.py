@@ -16,6 +16,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from common.errors import UserError
 from data_prep.store.pixels import ImageInput
+from model.config import VisionConfig
 from model.connectors import FeatureNorm
 from model.generator.weights import base_norms
 from model.loading import fingerprint
@@ -36,7 +37,7 @@ from train.data import (
 from train.engine import checkpoint
 from train.engine.checkpoint import Progress
 from train.engine.engine import Engine, deepspeed_config, freeze
-from train.engine.export import export, exported_llm, load_connector
+from train.engine.export import export, exported_part, load_connector
 from train.engine.loop import Loop
 from train.measure import memory, samples
 from train.measure.flops import FlopCounter
@@ -71,7 +72,7 @@ def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: Stop
     image: ImageInput = pixels
     vision = None
     if config.vision.cache:
-        vision = build_vision(config.vision, torch.float32)
+        vision = build_vision(_vision(config), torch.float32)
         image = _feature_cache(config, vision, pixels, identity, device, read_record(run_dir)["id"])
         vision.encoder = None  # its sizes are still needed, its weights are not
         gc.collect()
@@ -142,7 +143,7 @@ def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: Stop
             if questions and held_out:
                 show_samples(total_steps)
                 summary["val_loss"] = loop.validate(held_out)
-            export(engine, run_dir, tokenizer, config.model, identity)
+            export(engine, run_dir, tokenizer, config, identity)
     finally:
         if tracker is not None:
             tracker.finish(summary)
@@ -174,14 +175,18 @@ def _settle_checkpointing(
     return replace(config, engine=chosen)
 
 
+def _vision(config: RunConfig) -> VisionConfig:
+    """The encoder this stage starts from: the one before may have trained it."""
+    return replace(config.vision, path=str(exported_part(config, "vision") or config.vision.path))
+
+
 def _build(config: RunConfig, world: int, micro_steps: int, vision: torch.nn.Module | None) -> VisionLanguageModel:
     """The model, its pretrained parts partitioned while they are read (ZeRO-3): no rank ever holds all of them."""
-    llm_path = config.llm.path
-    if config.init_from is not None and (llm := exported_llm(Path(config.init_from))) is not None:
-        llm_path = str(llm)
+    llm_path = str(exported_part(config, "llm") or config.llm.path)
     # transformers asks this object (by weak reference) whether to partition while loading.
     keep = HfDeepSpeedConfig(deepspeed_config(config, world, micro_steps))
-    model = build_model(config.model, DTYPES[config.engine.precision], llm_path=llm_path, vision=vision)
+    parts = replace(config.model, vision=_vision(config))
+    model = build_model(parts, DTYPES[config.engine.precision], llm_path=llm_path, vision=vision)
     del keep
     return model
 
@@ -203,7 +208,7 @@ def _feature_cache(
         splits,
         pixels,
         encode,
-        f"{identity['vision']}/{read.layer}/{read.final_norm}/{read.keep_cls}",
+        f"{fingerprint(_vision(config).path)}/{read.layer}/{read.final_norm}/{read.keep_cls}",
         dtype="float32" if config.engine.precision == "fp32" else "bfloat16",
         run=run,
         rank=distributed.rank(),

@@ -1,0 +1,138 @@
+"""The model card of a run's export: facts from the run's own records, nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.files import write_atomically
+from train import config as configuration
+from train.config import RunConfig
+
+_FRONT = """---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [vlora]
+---
+"""
+_USE = """## Use
+
+```python
+import vlora
+model, processor = vlora.load("{name}")
+talk = vlora.Conversation(model, processor, ["picture.png"])
+print(talk.ask("{question}"))
+```
+
+With transformers' own classes: `AutoModelForImageTextToText.from_pretrained`, `AutoProcessor.from_pretrained` and
+`pipeline("image-text-to-text")` read this folder after `import vlora`. It answers in the manner of the data it was
+trained on, and knows no other.
+"""
+
+
+def write(run_dir: Path, folder: Path) -> None:
+    """Write `folder`/README.md from what the run directory records; again after an evaluation, which adds scores."""
+    config = configuration.load(run_dir / "config.yaml")
+    record, facts = _read(run_dir / "run.json"), _read(run_dir / "facts.json")
+    described = _read(folder / "config.json")
+    lines = [_FRONT, f"# {run_dir.name}", "", _what(config), ""]
+    lines += ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in _training(config, record, facts))]
+    lines += [
+        "",
+        "## Parts",
+        "",
+        "| part | from | fingerprint | weights | licence |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, part in described.get("parts", {}).items():
+        base = part.get("base") or part
+        where = "trained here, in this folder" if part.get("base") else "not changed, not in this folder"
+        source = Path(base["path"]).name if Path(base["path"]).is_absolute() else base["path"]
+        lines.append(f"| {name} | {source} | {base['fingerprint']} | {where} | {licence(base['path'])} |")
+    lines += ["", *_scores(run_dir), _USE.format(name=folder, question=_question(run_dir))]
+    write_atomically(folder / "README.md", "\n".join(lines))
+
+
+def licence(path: str) -> str:
+    """What a model's folder says about its licence: its card's `license`, else the first line of a licence file."""
+    folder = Path(path).expanduser()
+    card = folder / "README.md"
+    if card.is_file() and (front := re.match(r"---\n(.*?)\n---", card.read_text(), re.DOTALL)):
+        fields = yaml.safe_load(front.group(1))
+        if isinstance(fields, dict) and fields.get("license"):
+            return str(fields["license"])
+    for file in sorted(folder.glob("LICEN[CS]E*")):
+        return next((line.strip() for line in file.read_text(errors="replace").splitlines() if line.strip()), file.name)
+    return "not stated where it was taken from" if folder.is_dir() else f"see {path}"
+
+
+def _what(config: RunConfig) -> str:
+    how = {
+        "vlora": "The image reaches the language model through its weights: low-rank deltas made from the image; "
+        "no visual token stands in its input",
+    }.get(config.connector.name, f"The image reaches the language model as visual tokens ({config.connector.name})")
+    return f"{how}. Written by a run of VLoRA's training pipeline; every figure below comes from that run's records."
+
+
+def _training(config: RunConfig, record: dict[str, Any], facts: dict[str, Any]) -> list[tuple[str, str]]:
+    lr = config.optim.lr
+    trained = ", ".join(part for part in ("connector", "llm", "vision") if getattr(config.stage.train, part))
+    rows = [
+        ("stage", f"{config.stage.name}, trained: {trained}"),
+        ("started from", str(config.init_from or "the pretrained parts")),
+        ("steps", f"{facts.get('total_steps', config.stage.steps)} of {config.data.batch_size} samples"),
+        ("learning rates", f"connector {lr.connector}, llm {lr.llm}, vision {lr.vision}; {config.optim.schedule}"),
+        ("precision", f"{config.engine.precision}, ZeRO stage {config.engine.zero_stage}"),
+        ("parameters", f"{facts.get('parameters', {}).get('total', 0):,}"),
+        ("data", ", ".join(f"{source.path}" for source in config.data.train)),
+        ("data fingerprint", str(facts.get("identity", {}).get("data", "unknown"))),
+        ("text template", config.data.template),
+        ("seed", str(config.seed)),
+        ("code", f"{record.get('git_commit')}{' with uncommitted changes' if record.get('git_dirty') else ''}"),
+        ("versions", ", ".join(f"{k} {v}" for k, v in record.get("versions", {}).items())),
+    ]
+    if config.connector.name == "vlora":
+        generator = config.generator
+        placed = f"layers {generator.layers}" if generator.layers is not None else f"every {generator.every} layers"
+        rows.insert(1, ("deltas", f"rank {generator.rank}, types {generator.types}, {placed}"))
+    return rows
+
+
+def _scores(run_dir: Path) -> list[str]:
+    files = sorted((run_dir / "evaluation").glob("*.json"))
+    if not files:
+        return ["## Scores", "", "Not evaluated yet.", ""]
+    lines = [
+        "## Scores",
+        "",
+        "Percent right (95 % interval); blind: the best answer from the question's text alone.",
+        "",
+        "| questions | images | count | overall | blind |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for file in files:
+        found = _read(file)
+        if "accuracy" not in found or "overall" not in found["accuracy"]:
+            continue
+        score, blind = found["accuracy"]["overall"], found.get("blind_floor", {}).get("overall", {})
+        interval = f"{score['percent']:.1f} ({score['low']:.1f}-{score['high']:.1f})"
+        floor = f"{blind['percent']:.1f}" if blind else ""
+        lines.append(f"| {found['split']} | {found['images']} | {found['count']} | {interval} | {floor} |")
+    return [*lines, ""]
+
+
+def _question(run_dir: Path) -> str:
+    for file in sorted((run_dir / "evaluation").glob("*.jsonl")) + sorted((run_dir / "samples").glob("*.jsonl")):
+        with file.open() as lines:
+            first = json.loads(next(iter(lines), "{}"))
+        if first.get("question"):
+            return str(first["question"]).replace('"', "'")
+    return "what does the image show?"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.is_file() else {}
