@@ -93,9 +93,7 @@ def from_text_or_turns(value: Any, images: int) -> tuple[list[Dialogue], int]:
         value = [value]
     if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
         tokens = sum(text.count(IMAGE_TOKEN) for text in value)
-        plain = [
-            text.replace(IMAGE_TOKEN, "").strip() if had else text for text, had in zip(value, tokens, strict=True)
-        ]
+        plain = [text.replace(IMAGE_TOKEN, "").strip() if IMAGE_TOKEN in text else text for text in value]
         return [exchange("", text) for text in plain], tokens
     if pairs := _pairs(value):
         read = [from_turns(pair) for pair in pairs]
