@@ -7,16 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from model.config import LLMConfig
+from model.pretrained import ModelError, fetch_hint, find_source, weight_files
 
 _SAMPLE = 64 * 1024  # bytes
-
-
-class ModelError(ValueError):
-    """A model part cannot be found, or is not the one the configuration describes."""
+_TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 
 
 def architecture_config(architecture: dict[str, Any]) -> PreTrainedConfig:
@@ -30,22 +35,18 @@ def pretrained_config(
 ) -> PreTrainedConfig:
     """The config of a pretrained part; of a two-tower model (CLIP, SigLIP) its vision half when `what` is vision.
 
-    With `meta`, a given `architecture` is enough and nothing is read.
+    With `meta`, a given `architecture` is enough and nothing is read. Nothing is ever downloaded (`train.fetch` does).
 
     Raises:
         ModelError: nothing at `path`, or another architecture than the one described.
     """
     if meta and architecture is not None:
         return architecture_config(architecture)
-    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
-        raise ModelError(
-            f"{what}.path={path}: no such folder. For the built-in parts run `python -m data_prep.parts`; "
-            "otherwise give a Hugging Face name or the folder of a downloaded model"
-        )
+    folder = _folder(what, path)
     try:
-        config = AutoConfig.from_pretrained(path)
-    except OSError as error:
-        raise ModelError(f"{what}.path={path}: not a local folder and not on the hub ({_first_line(error)})") from error
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{what}.path={path}: its config.json cannot be read ({_first_line(error)})") from error
     if what == "vision":
         config = getattr(config, "vision_config", config)
     for key, expected in (architecture or {}).items():
@@ -80,9 +81,13 @@ def load_pretrained(
     if meta:
         with torch.device("meta"):
             return auto_class.from_config(config, dtype=dtype, **options)
+    folder = _folder(what, path)
+    weight_files(what, folder)
     try:
-        model, info = auto_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True, **options)
-    except OSError as error:
+        model, info = auto_class.from_pretrained(
+            folder, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True, **options
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: other shapes than the configuration's
         raise ModelError(f"{what}.path={path}: weights cannot be read ({_first_line(error)})") from error
     if missing := sorted(k for k in info["missing_keys"] if not k.endswith("mask_token")):
         raise ModelError(f"{what}.path={path}: weights lack {len(missing)} tensors, first {missing[0]}; wrong model?")
@@ -109,8 +114,27 @@ def build_llm(config: LLMConfig, dtype: torch.dtype, meta: bool = False) -> PreT
     return llm
 
 
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of the language model at `path`.
+
+    Raises:
+        ModelError: no tokenizer there, or one that cannot be read.
+    """
+    folder = _folder("llm", path)
+    needed = (
+        f"llm.path={path}: its tokenizer cannot be read (%s); it needs tokenizer.json, or tokenizer.model, and "
+        "tokenizer_config.json as they were published"
+    )
+    if not any(file for pattern in _TOKENIZERS for file in folder.glob(pattern)):
+        raise ModelError(needed % "no vocabulary there")  # transformers would make an empty one
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # whatever the tokenizer libraries make of a damaged file
+        raise ModelError(needed % _first_line(error)) from error
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def fingerprint(path: str) -> str:
@@ -122,9 +146,11 @@ def fingerprint(path: str) -> str:
     Raises:
         ModelError: no safetensors weights at `path`.
     """
-    files = sorted(_weights_folder(path).glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{path}: no *.safetensors weights there; convert the model with `save_pretrained` first")
+    folder = _folder("weights", path)
+    names = weight_files("weights", folder)
+    if not names[0].endswith(".safetensors"):
+        raise ModelError(f"{path} ships {names[0]}, which is turned into safetensors once; {fetch_hint('llm', path)}")
+    files = [folder / name for name in names]
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
@@ -137,9 +163,9 @@ def fingerprint(path: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _weights_folder(path: str) -> Path:
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    config = cached_file(path, "config.json", local_files_only=True)
-    return Path(config).parent
+def _folder(what: str, path: str) -> Path:
+    """Where a model's files are; a hub name means Hugging Face's own cache."""
+    source = find_source(what, path)
+    if source is None:
+        raise ModelError(f"{what}.path={path} is not on this machine; {fetch_hint(what, path)}")
+    return source

@@ -48,13 +48,13 @@ def check_model(config: configuration.RunConfig, workers: int) -> str:
 def plan_memory(config: configuration.RunConfig, workers: int) -> str:
     """The memory plan of a rank as text; lengths from the data where tokenizer and data are here."""
     import torch
-    from transformers import AutoTokenizer
 
+    from model.loading import load_tokenizer
     from train.measure import memory
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.llm.path)
-    except (OSError, ValueError):
+        tokenizer = load_tokenizer(config.llm.path)
+    except ValueError:  # not on this machine: named at the top of the check
         tokenizer = None
     share = config.data.batch_size // workers // configuration.accumulation(config, workers)
     load = memory.workload(config, tokenizer, share)
@@ -80,7 +80,12 @@ def run(composed: DictConfig) -> int:
     quiet()
     workers = launch.worker_count(config)
     configuration.accumulation(config, workers)
-    table = check_model(config, workers)
+    missing = configuration.missing_models(config)
+    if missing and not config.check:
+        raise configuration.ConfigError(missing[0])
+    for line in missing:
+        print(f"missing: {line}")
+    table = check_model(configuration.located(config), workers)
     if config.check:
         print(table)
         return 0

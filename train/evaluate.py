@@ -22,13 +22,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from common.errors import run_cli
 from common.files import write_atomically
+from data_prep.store.errors import DataError
 from data_prep.store.split import Split
 from model.generation import answers
-from model.loading import fingerprint
+from model.loading import fingerprint, load_tokenizer
 from model.ops import set_backend, set_merge
 from model.vlm import VisionLanguageModel, build_model
 from train import config as configuration
@@ -138,7 +138,7 @@ def main() -> int:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rank, world = distributed.rank(), distributed.world_size()
 
-    tokenizer = AutoTokenizer.from_pretrained(config.llm.path)
+    tokenizer = load_tokenizer(config.llm.path)
     split = _open(config, options.split)
     pixels = load_preprocessor(config.vision)
     loader = EvalLoader(
@@ -176,9 +176,13 @@ def _write(
         record["type"] = scoring.answer_type(record["answer"])
         record["right"] = scoring.normalise(record["prediction"]) == scoring.normalise(record["answer"])
     result = scoring.accuracy(questions, predictions)
-    training = training_questions(config)
+    try:
+        training = training_questions(config)
+        why = f"{run} trained on captions only: no blind floor, and questions are new to the model"
+    except DataError as error:  # away from the data it was trained on, or imported
+        training, why = [], f"no blind floor: {error}"
     if not training:
-        print(f"{run} trained on captions only: no blind floor, and questions are new to the model", file=sys.stderr)
+        print(why, file=sys.stderr)
     blind = scoring.blind_predictions(questions, training) if training else [""] * len(questions)
     floor = scoring.accuracy(questions, blind)
     folder = run / "evaluation"

@@ -293,4 +293,7 @@ def _settings(path: str | Path) -> dict[str, Any]:
         file = Path(cached_file(str(path), "preprocessor_config.json"))
     if not file.is_file():
         raise DataError(f"{file} is missing: the encoder's folder must hold its image processor's settings")
-    return json.loads(file.read_text())
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise DataError(f"{file} cannot be read ({error}); copy it again") from error

@@ -3,7 +3,8 @@
 from common.errors import ConfigError
 from common.options import parse_options
 from train.config.check import accumulation, validate
-from train.config.compose import explain, load, resolve, save, schema_keys
+from train.config.compose import compose_overrides, explain, load, read, resolve, save, schema_keys
+from train.config.models import located, missing_models
 from train.config.schema import (
     DTYPES,
     EngineConfig,
@@ -28,9 +29,13 @@ __all__ = [
     "TrackingConfig",
     "TrainedParts",
     "accumulation",
+    "compose_overrides",
     "explain",
     "load",
+    "located",
+    "missing_models",
     "parse_options",
+    "read",
     "resolve",
     "save",
     "schema_keys",

@@ -8,7 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -17,6 +19,7 @@ from common.errors import ConfigError
 from common.files import write_atomically
 from train.config import presets
 from train.config.check import validate
+from train.config.models import located
 from train.config.schema import RunConfig
 
 # The schema is the first entry of conf/config.yaml's defaults, so every key can be set on the command line, typed.
@@ -58,8 +61,8 @@ def save(config: RunConfig, path: Path) -> None:
     write_atomically(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
-def load(path: Path) -> RunConfig:
-    """Read what `save` wrote.
+def read(path: Path) -> RunConfig:
+    """Read what `save` wrote, as it was given on the command line.
 
     Raises:
         ConfigError: no such file, a damaged one, or not a run configuration of this version.
@@ -80,3 +83,26 @@ def load(path: Path) -> RunConfig:
         return resolve(tree)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def load(path: Path) -> RunConfig:
+    """Read what `save` wrote, with the folders that its models have on this machine.
+
+    Raises:
+        ConfigError: as `read`.
+    """
+    return located(read(path))
+
+
+def compose_overrides(overrides: list[str]) -> DictConfig:
+    """What `python -m train OVERRIDES` would compose, not yet checked (`resolve` does): for commands of another kind.
+
+    Raises:
+        ConfigError: an unknown key or choice.
+    """
+    conf = str(Path(__file__).resolve().parents[2] / "conf")
+    try:
+        with initialize_config_dir(conf, version_base="1.3"):
+            return compose("config", overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error) from error

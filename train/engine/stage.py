@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
 
 from common.errors import UserError
@@ -19,7 +19,7 @@ from data_prep.store.pixels import ImageInput
 from model.config import VisionConfig
 from model.connectors import FeatureNorm
 from model.generator.weights import base_norms
-from model.loading import fingerprint
+from model.loading import fingerprint, load_tokenizer
 from model.ops import set_backend, set_merge
 from model.vision import build_vision
 from model.vlm import VisionLanguageModel, build_model
@@ -66,7 +66,7 @@ def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: Stop
     backend = set_backend(config.ops.backend, device)
     set_merge(config.ops.merge, device)  # not used in training: a choice that cannot run is refused now
 
-    tokenizer = AutoTokenizer.from_pretrained(config.llm.path)
+    tokenizer = load_tokenizer(config.llm.path)
     identity = {"llm": fingerprint(config.llm.path), "vision": fingerprint(config.vision.path)}
     pixels = load_preprocessor(config.vision)
     image: ImageInput = pixels

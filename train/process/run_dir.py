@@ -46,7 +46,7 @@ def create(config: RunConfig) -> Path:
         config.run_dir = str(Path(config.output_root) / name)
     path = Path(config.run_dir)
     if (path / "config.yaml").exists():
-        _require_same(configuration.load(path / "config.yaml"), config, path)
+        _require_same(configuration.read(path / "config.yaml"), config, path)
         configuration.save(config, path / "config.yaml")
         return path
     if path.exists() and any(path.iterdir()):
