@@ -1,0 +1,225 @@
+"""`python -m train.official`: the authors' released checkpoints in, and ours out for their code.
+
+    python -m train.official checkpoint=llava_vlora_7b out=outputs/released
+    python -m train.official checkpoint=FOLDER_WITH_mm_projector.bin out=outputs/released llm=lmsys/vicuna-7b-v1.5
+    python -m train.official run=outputs/RUN out=FOLDER
+
+In: makes a run directory, which `train.evaluate run=` scores and `train stage=finetune init_from=` trains on. Out:
+writes `mm_projector.bin` (tensors bit for bit) and, where the run trained its LLM, the whole `llava_vlora` folder. A
+full folder holds no image processor and an `mm_projector.bin` no language model: those come from `vision=` and `llm=`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from common.errors import UserError, run_cli
+from common.options import parse_options
+from model import official
+from model.config import VisionConfig
+from model.loading import fingerprint, load_tokenizer, pretrained_config
+from model.pretrained import locate
+from train import config as configuration
+from train.config import ConfigError, RunConfig
+from train.engine.export import FOLDER, exported_llm
+
+_TOKENIZER = ("tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
+
+
+@dataclass
+class Options:
+    """Keys of the command line; give `checkpoint` or `run`.
+
+    Attributes:
+        checkpoint: Folder of a released checkpoint to import.
+        run: Run directory to export.
+        out: Run directory to make, or folder to write.
+        llm: Language model of an `mm_projector.bin`, folder or hub name.
+        vision: Encoder; null: the checkpoint's `mm_vision_tower`.
+        cache_dir: As in a run's configuration.
+    """
+
+    checkpoint: str | None = None
+    run: str | None = None
+    out: str = "???"
+    llm: str | None = None
+    vision: str | None = None
+    cache_dir: str = ".cache"
+
+
+def import_checkpoint(options: Options) -> Path:
+    """Make a run directory of a released checkpoint.
+
+    Raises:
+        ValueError, UserError: the checkpoint, or a model it needs, is not what it should be.
+    """
+    folder, out = Path(str(options.checkpoint)), Path(options.out)
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"out={out} is not empty; choose another folder")
+    theirs, tensors = official.read_folder(folder)
+    connector, language, tower = official.split_checkpoint(tensors)
+    state = official.import_connector(connector, theirs)
+    vision_path = options.vision or theirs.get("mm_vision_tower")
+    if vision_path is None:
+        raise ConfigError(f"{folder / 'config.json'} names no mm_vision_tower; give vision=FOLDER_OR_HUB_NAME")
+    encoder = locate("vision", vision_path, options.cache_dir)
+    if not language and options.llm is None:
+        raise ConfigError(
+            f"{folder} holds no language model; give llm=FOLDER_OR_HUB_NAME of the one it was trained with"
+        )
+
+    writing = out.with_name(f".{out.name}.writing")
+    shutil.rmtree(writing, ignore_errors=True)
+    (writing / FOLDER).mkdir(parents=True)
+    _save(state, writing / FOLDER / "connector.safetensors")
+    if language:
+        _write_llm(folder, theirs, language, writing / "llm")
+    if tower:
+        _write_vision(encoder, tower, writing / "vision")
+    config = _configuration(theirs, options)
+    config.run_dir = str(out)
+    config.llm.path = str(out / "llm") if language else str(options.llm)
+    config.vision.path = str(out / "vision") if tower else vision_path
+    configuration.save(config, writing / "config.yaml")
+    parts = {"llm": writing / "llm" if language else locate("llm", str(options.llm), options.cache_dir)}
+    parts["vision"] = writing / "vision" if tower else encoder
+    record = {
+        "connector": asdict(config.connector),
+        "generator": asdict(config.generator),
+        "identity": {name: fingerprint(str(path)) for name, path in parts.items()},
+    }
+    (writing / FOLDER / "export.json").write_text(json.dumps(record, indent=1))
+    (writing / "official.json").write_text(json.dumps(theirs, indent=1))
+    (writing / "DONE").write_text(f"imported from {folder}\n")
+    if out.exists():
+        out.rmdir()
+    writing.replace(out)
+    return out
+
+
+def _configuration(theirs: dict[str, Any], options: Options) -> RunConfig:
+    """The paper's configuration with the checkpoint's sizes."""
+    config = configuration.resolve(
+        configuration.compose_overrides(["experiment=vlora_7b", "recipe=vicuna_7b/finetune"])
+    )
+    vision = replace(
+        config.vision,
+        layer=theirs.get("mm_vision_select_layer", -2),
+        keep_cls=theirs.get("mm_vision_select_feature", "patch") == "cls_patch",
+        image_mode="pad" if theirs.get("image_aspect_ratio") == "pad" else "crop",
+        architecture=None,
+    )
+    return replace(
+        config,
+        llm=replace(config.llm, architecture=None),
+        vision=vision,
+        generator=official.generator_config(theirs),
+        cache_dir=options.cache_dir,
+    )
+
+
+def _write_llm(source: Path, theirs: dict[str, Any], tensors: dict[str, Tensor], out: Path) -> None:
+    out.mkdir()
+    _save(tensors, out / "model.safetensors")
+    ours = {k: v for k, v in theirs.items() if not k.startswith(("vlora_", "mm_", "tune_", "freeze_mm", "use_mm"))}
+    ours |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    for name in ("weights_sep", "skip_layers", "image_aspect_ratio", "_name_or_path"):
+        ours.pop(name, None)
+    (out / "config.json").write_text(json.dumps(ours, indent=1))
+    for pattern in _TOKENIZER:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, out / file.name)
+    load_tokenizer(str(out))
+
+
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
+
+
+def _write_vision(encoder: Path, tower: dict[str, Tensor], out: Path) -> None:
+    out.mkdir()
+    _save(tower, out / "model.safetensors")
+    pretrained_config("vision", str(encoder), None).save_pretrained(out)
+    shutil.copyfile(encoder / "preprocessor_config.json", out / "preprocessor_config.json")
+
+
+def export_run(options: Options) -> Path:
+    """Write a run's export for the released code.
+
+    Raises:
+        ValueError, UserError: no export, or a generator that their code cannot express.
+    """
+    run, out = Path(str(options.run)), Path(options.out)
+    config = configuration.load(run / "config.yaml")
+    if config.connector.name != "vlora":
+        raise ConfigError(f"{run} has connector={config.connector.name}; only vlora has a released form")
+    if not (run / FOLDER / "connector.safetensors").is_file():
+        raise UserError(f"{run} has no finished export; let that run finish first")
+    llm_folder = exported_llm(run) or (Path(config.llm.path) if (run / "official.json").is_file() else None)
+    llm = pretrained_config("llm", str(llm_folder or config.llm.path), None)
+    state = load_file(run / FOLDER / "connector.safetensors")
+    keys = state["generator.keys.pos_embed"], state["generator.keys.visual_proj.weight"]
+    fields = official.official_config(
+        config.generator, llm.num_hidden_layers, llm.hidden_size, keys[0].shape[0], keys[1].shape[1]
+    )
+    widths = {name.split(".")[4] for name in state if ".heads." in name}
+    if widths != {str(llm.hidden_size)} or llm.num_key_value_heads != llm.num_attention_heads:
+        raise UserError(f"the released code knows one width, but {config.llm.path} has grouped or unequal projections")
+    imported = json.loads((run / "official.json").read_text()) if (run / "official.json").is_file() else {}
+    written = {**imported, **llm.to_dict(), **_vision_fields(config.vision), **fields}
+    written |= {"model_type": "llava_vlora", "architectures": ["LlavaVLoRALlamaForCausalLM"]}
+    projector = official.export_connector(state, fields)
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()):
+        raise UserError(f"out={out} is not empty; choose another folder")
+    torch.save(projector, out / "mm_projector.bin")
+    (out / "config.json").write_text(json.dumps(written, indent=1, default=str))
+    if llm_folder is not None:
+        tensors = dict(projector)
+        for file in sorted(llm_folder.glob("*.safetensors")):
+            tensors |= load_file(file)
+        if (run / "official.json").is_file():  # with the tower it came with
+            tower = run / "vision" / "model.safetensors"
+            tensors |= {official.TOWER + name: t for name, t in load_file(tower).items()} if tower.is_file() else {}
+        _save(tensors, out / "model.safetensors")
+        for pattern in _TOKENIZER:
+            for file in llm_folder.glob(pattern):
+                shutil.copyfile(file, out / file.name)
+    return out
+
+
+def _vision_fields(vision: VisionConfig) -> dict[str, Any]:
+    return {
+        "mm_vision_tower": vision.path,
+        "mm_vision_select_layer": vision.layer,
+        "mm_vision_select_feature": "cls_patch" if vision.keep_cls else "patch",
+        "image_aspect_ratio": "pad" if vision.image_mode == "pad" else "square",
+    }
+
+
+def main() -> int:
+    """Import or export."""
+    options: Options = parse_options(Options, sys.argv[1:], __doc__)
+    if (options.checkpoint is None) == (options.run is None):
+        raise ConfigError("give checkpoint=FOLDER to import or run=RUN_DIR to export, one of the two")
+    if options.run is not None:
+        print(f"exported to {export_run(options)}")
+        return 0
+    out = import_checkpoint(options)
+    config = configuration.read(out / "config.yaml")
+    print(f"imported into {out}: python -m train.evaluate run={out} split=FOLDER_OF_A_PREPARED_SPLIT")
+    print(f"to train on: python -m train stage=finetune init_from={out} llm.path={config.llm.path}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)
