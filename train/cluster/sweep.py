@@ -2,11 +2,13 @@
 
     python -m train -m generator.rank=16,32,64,128 generator.num_blocks=4,8,12
     python -m train -m hydra/launcher=slurm hydra.launcher.nodes=2 generator.rank=16,32,64,128
+    ... hydra.launcher.finetune=true      stage 2 of every point as well, each when its stage 1 has finished
 
 SWEEP_DIR/0/, 1/, ...      run directories of the points
 SWEEP_DIR/manifest.jsonl   one line per point: number and overrides
 SWEEP_DIR/jobs.json        ids of the job arrays
 SWEEP_DIR/submit.txt       the command lines that submit them
+SWEEP_DIR/finetune/        the same of stage 2, as a sweep of its own
 """
 
 from __future__ import annotations
@@ -76,6 +78,8 @@ class SlurmLauncherConfig:
         throttle: Points that may run at the same time; null: any number.
         submit: False: check and prepare all points, write what would be submitted, submit nothing.
         evaluate: Also submit a second array that scores each point once it has finished (needs `data.test`).
+        finetune: After a pretraining, also prepare and submit stage 2 of each point, from what its stage 1 exports,
+            with the overrides of the point and the recipe of stage 2; then the evaluation is that of stage 2.
         sbatch: Further options of sbatch, by their long names: `{time: "2:00:00", gpus-per-node: 4}`.
         evaluate_sbatch: The same for the evaluation.
     """
@@ -86,6 +90,7 @@ class SlurmLauncherConfig:
     throttle: int | None = None
     submit: bool = True
     evaluate: bool = True
+    finetune: bool = False
     sbatch: dict[str, Any] = field(default_factory=dict)
     evaluate_sbatch: dict[str, Any] = field(default_factory=dict)
 
@@ -106,61 +111,85 @@ class SlurmLauncher(BasicLauncher):
         throttle: int | None,
         submit: bool,
         evaluate: bool,
+        finetune: bool,
         sbatch: dict[str, Any],
         evaluate_sbatch: dict[str, Any],
     ) -> None:
         super().__init__()
         self.nodes, self.tasks_per_node, self.throttle = nodes, tasks_per_node, throttle
-        self.submit, self.evaluate = submit, evaluate
+        self.submit, self.evaluate, self.finetune = submit, evaluate, finetune
         self.options, self.evaluate_options = sbatch, evaluate_sbatch
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Called by Hydra with the overrides of each point."""
-        prepare_only = ["launch.mode=none", f"launch.workers={self.nodes * self.tasks_per_node}"]
-        results = super().launch([[*o, *prepare_only] for o in job_overrides], initial_job_idx)
-        for result in results:
-            _ = result.return_value  # raises the error of a point that failed
         assert self.config is not None  # `setup` was called before
         folder = Path(self.config.hydra.sweep.dir).absolute()
+        stage = str(self.config.stage.name)
+        if self.finetune and stage != "pretrain":
+            raise UserError(f"hydra.launcher.finetune=true follows a pretraining, but this sweep has stage={stage}")
+        results = self._prepare(job_overrides, initial_job_idx)
         last = initial_job_idx + len(job_overrides) - 1
         array = f"{initial_job_idx}-{last}"
-        throttle = f"%{self.throttle}" if self.throttle else ""
-        shape = {"nodes": self.nodes, "ntasks-per-node": self.tasks_per_node, **self.options}
-        logs = {"output": "slurm/logs/%x-%A_%a.out"}  # %j would be another number for the array's last element
-        stage = str(self.config.stage.name)
-        train = slurm.command(
-            f"{stage}.sbatch",
-            ["--sweep", str(folder)],
-            {"array": array + throttle, "job-name": f"vlora-{folder.name}", **logs, **shape},
-        )
-        evaluation = slurm.command(
-            "evaluate.sbatch",
-            ["--sweep", str(folder)],
-            # aftercorr: element i waits for element i, not for the whole sweep.
-            {
-                "array": array,
-                "dependency": "aftercorr:{train}",
-                "kill-on-invalid-dep": "yes",
-                **logs,
-                **self.evaluate_options,
-            },
-        )
-        commands = {"train": train}
+        sweeps = {"train": (stage, folder)}
+        if self.finetune:
+            sweeps["finetune"] = ("finetune", folder / "finetune")
+            self._prepare(self._second_stage(job_overrides, initial_job_idx, folder), initial_job_idx)
+        commands: dict[str, list[str]] = {}
+        for name, (stage, points_of) in sweeps.items():
+            commands[name] = self._command(f"{stage}.sbatch", points_of, array, list(commands), self.options)
         if self.evaluate and OmegaConf.select(self.config, "data.test"):
-            commands["evaluate"] = evaluation
+            commands["evaluate"] = self._command("evaluate.sbatch", points_of, array, list(commands), None)
         (folder / "submit.txt").write_text("".join(shlex.join(c) + "\n" for c in commands.values()))
         if not self.submit:
             print(f"{len(job_overrides)} points prepared in {folder}, nothing submitted (hydra.launcher.submit=false)")
             return results
         jobs: dict[str, str] = {}
         for name, words in commands.items():
-            jobs[name] = slurm.submit([word.format(**jobs) if "{train}" in word else word for word in words])
+            jobs[name] = slurm.submit(
+                [word.format(**jobs) if word.startswith("--dependency") else word for word in words]
+            )
             (folder / JOBS).write_text(json.dumps(jobs) + "\n")
+        if self.finetune:
+            ours = {"train": jobs["finetune"]} | {name: job for name, job in jobs.items() if name == "evaluate"}
+            (folder / "finetune" / JOBS).write_text(json.dumps(ours) + "\n")
+        arrays = ", ".join(f"{name} {job}" for name, job in jobs.items())
         print(
-            f"{len(job_overrides)} points submitted as job array {jobs['train']}\n"
-            f"table and plots at any time: python -m train.sweep_report {folder}"
+            f"{len(job_overrides)} points submitted as job arrays: {arrays}\n"
+            f"table and plots at any time: python -m train.sweep_report {points_of}"
         )
         return results
+
+    def _prepare(self, job_overrides: Sequence[Sequence[str]], first: int) -> Sequence[JobReturn]:
+        """Compose and check every point, and make its run directory."""
+        prepare_only = ["launch.mode=none", f"launch.workers={self.nodes * self.tasks_per_node}"]
+        results = super().launch([[*o, *prepare_only] for o in job_overrides], first)
+        for result in results:
+            _ = result.return_value  # raises the error of a point that failed
+        return results
+
+    def _second_stage(self, points_: Sequence[Sequence[str]], first: int, folder: Path) -> list[list[str]]:
+        """The overrides of stage 2 of every point."""
+        (folder / "finetune").mkdir(exist_ok=True)
+        second = ["stage=finetune", f"hydra.sweep.dir={folder / 'finetune'}"]
+        return [
+            [*(o for o in point if not o.startswith("stage=")), *second, f"init_from={folder / str(first + number)}"]
+            for number, point in enumerate(points_)
+        ]
+
+    def _command(
+        self, script: str, folder: Path, array: str, before: list[str], options: dict[str, Any] | None
+    ) -> list[str]:
+        """The sbatch call of one array, whose element i waits for element i of the one before it."""
+        logs = {"output": "slurm/logs/%x-%A_%a.out"}  # %j would be another number for the array's last element
+        shape: dict[str, Any] = dict(self.evaluate_options)
+        if options is not None:
+            throttle = f"%{self.throttle}" if self.throttle else ""
+            name = f"vlora-{folder.parent.name}-finetune" if before else f"vlora-{folder.name}"
+            array += throttle
+            shape = {"job-name": name, "nodes": self.nodes, "ntasks-per-node": self.tasks_per_node, **options}
+        # aftercorr: not for the whole of it.
+        after = {"dependency": f"aftercorr:{{{before[-1]}}}", "kill-on-invalid-dep": "yes"} if before else {}
+        return slurm.command(script, ["--sweep", str(folder)], {"array": array, **after, **logs, **shape})
 
 
 def register_launcher() -> None:

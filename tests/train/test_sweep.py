@@ -1,0 +1,28 @@
+"""Both stages of a sweep by one command, as far as it goes without a cluster."""
+
+import shlex
+
+from tests.train import world
+from train import config as configuration
+
+
+def test_stage_two_of_a_sweep_is_prepared_and_waits_for_stage_one_point_by_point(tmp_path):
+    home, folder = world.make(tmp_path / "world"), tmp_path / "sweep"
+    ours = [o for o in world.overrides(home, tmp_path) if not o.startswith(("run_dir", "launch.threads"))]
+    slurm = ["hydra/launcher=slurm", "hydra.launcher.submit=false", "hydra.launcher.tasks_per_node=2"]
+    both = ["hydra.launcher.finetune=true", "hydra.launcher.throttle=1", "data.test=squares/val"]
+    done = world.train(["-m", *ours, *slurm, *both, "generator.rank=2,4", "seed=0,1", f"hydra.sweep.dir={folder}"])
+    assert done.returncode == 0, done.stderr
+    first, second, scored = (shlex.split(line) for line in (folder / "submit.txt").read_text().splitlines())
+    assert first[-3:] == ["slurm/pretrain.sbatch", "--sweep", str(folder)] and "--array=0-3%1" in first
+    assert second[-3:] == ["slurm/finetune.sbatch", "--sweep", f"{folder}/finetune"]
+    assert {"--dependency=aftercorr:{train}", "--array=0-3%1", "--job-name=vlora-sweep-finetune"} <= set(second)
+    assert scored[-1] == f"{folder}/finetune" and "--dependency=aftercorr:{finetune}" in scored
+    for number in range(4):
+        one, two = (configuration.read(folder / f"{where}{number}/config.yaml") for where in ("", "finetune/"))
+        assert (one.stage.name, two.stage.name) == ("pretrain", "finetune")
+        assert two.init_from == str(folder / str(number)) and two.generator == one.generator and two.seed == one.seed
+    done = world.train(
+        ["-m", *ours, *slurm, *both, "stage=finetune", "init_from=x", f"hydra.sweep.dir={tmp_path}/other"]
+    )
+    assert done.returncode == 2 and "follows a pretraining, but this sweep has stage=finetune" in done.stderr
