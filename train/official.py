@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,21 @@ from torch import Tensor
 
 from common.errors import UserError, run_cli
 from common.options import parse_options
+from data_prep.store.pixels import load_preprocessor
 from model import official
 from model.config import VisionConfig
 from model.loading import fingerprint, load_tokenizer, pretrained_config
 from model.pretrained import locate
 from train import config as configuration
-from train.config import ConfigError, RunConfig
-from train.engine.export import FOLDER, exported_llm
+from train.config import DTYPES, ConfigError, RunConfig
+from train.engine.export import FOLDER, trained_part
+from vlora import folder as folders
+from vlora.chat_templates import chat_template
+from vlora.configuration import VLoRAConfig
+from vlora.processing import VLoRAImageProcessor, VLoRAProcessor
 
+RECORD = "official.json"
+"""In an imported run: the released configuration as it came."""
 _TOKENIZER = ("tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
 
 
@@ -79,31 +86,47 @@ def import_checkpoint(options: Options) -> Path:
 
     writing = out.with_name(f".{out.name}.writing")
     shutil.rmtree(writing, ignore_errors=True)
-    (writing / FOLDER).mkdir(parents=True)
-    _save(state, writing / FOLDER / "connector.safetensors")
+    export = writing / FOLDER
+    export.mkdir(parents=True)
     if language:
-        _write_llm(folder, theirs, language, writing / "llm")
+        _write_llm(folder, theirs, language, export / "llm")
     if tower:
-        _write_vision(encoder, tower, writing / "vision")
+        _write_vision(encoder, tower, export / "vision")
     config = _configuration(theirs, options)
     config.run_dir = str(out)
-    config.llm.path = str(out / "llm") if language else str(options.llm)
-    config.vision.path = str(out / "vision") if tower else vision_path
-    configuration.save(config, writing / "config.yaml")
-    parts = {"llm": writing / "llm" if language else locate("llm", str(options.llm), options.cache_dir)}
-    parts["vision"] = writing / "vision" if tower else encoder
-    record = {
-        "connector": asdict(config.connector),
-        "generator": asdict(config.generator),
-        "identity": {name: fingerprint(str(path)) for name, path in parts.items()},
+    given = {
+        "llm": None if language else locate("llm", str(options.llm), options.cache_dir),
+        "vision": None if tower else encoder,
     }
-    (writing / FOLDER / "export.json").write_text(json.dumps(record, indent=1))
-    (writing / "official.json").write_text(json.dumps(theirs, indent=1))
+    config.llm.path = str(out / FOLDER / "llm") if language else str(options.llm)
+    config.vision.path = str(out / FOLDER / "vision") if tower else vision_path
+    configuration.save(config, writing / "config.yaml")
+    parts = {}
+    for name, place in given.items():
+        path = name if place is None else str(place.resolve())
+        parts[name] = {"path": path, "fingerprint": fingerprint(str(place or export / name)), "base": None}
+    _write_export(export, config, parts, {name: place or export / name for name, place in given.items()}, state)
+    (writing / RECORD).write_text(json.dumps(theirs, indent=1))
     (writing / "DONE").write_text(f"imported from {folder}\n")
     if out.exists():
         out.rmdir()
     writing.replace(out)
     return out
+
+
+def _write_export(
+    export: Path, config: RunConfig, parts: dict[str, Any], places: dict[str, Path], state: dict[str, Tensor]
+) -> None:
+    """What a finished run leaves (`train.engine.export`), but for the model card."""
+    tokenizer = load_tokenizer(str(places["llm"]))
+    architectures = {name: pretrained_config(name, str(place), None) for name, place in places.items()}
+    dtype = str(DTYPES[config.engine.precision]).removeprefix("torch.")
+    described = VLoRAConfig.of(config.model, parts, dtype, architectures["llm"], architectures["vision"])
+    pixels = load_preprocessor(replace(config.vision, path=str(places["vision"])))
+    template = config.data.template
+    images = VLoRAImageProcessor.of(pixels)
+    processor = VLoRAProcessor(images, tokenizer, template, chat_template(template, tokenizer))
+    folders.write(export, described, state, processor, folders.generation_config(processor))
 
 
 def _configuration(theirs: dict[str, Any], options: Options) -> RunConfig:
@@ -162,11 +185,10 @@ def export_run(options: Options) -> Path:
     config = configuration.load(run / "config.yaml")
     if config.connector.name != "vlora":
         raise ConfigError(f"{run} has connector={config.connector.name}; only vlora has a released form")
-    if not (run / FOLDER / "connector.safetensors").is_file():
-        raise UserError(f"{run} has no finished export; let that run finish first")
-    llm_folder = exported_llm(run) or (Path(config.llm.path) if (run / "official.json").is_file() else None)
+    imported = json.loads((run / RECORD).read_text()) if (run / RECORD).is_file() else {}
+    llm_folder = trained_part(run, "llm")
     llm = pretrained_config("llm", str(llm_folder or config.llm.path), None)
-    state = load_file(run / FOLDER / "connector.safetensors")
+    state = folders.read_connector(folders.find(run, local_files_only=True))
     keys = state["generator.keys.pos_embed"], state["generator.keys.visual_proj.weight"]
     fields = official.official_config(
         config.generator, llm.num_hidden_layers, llm.hidden_size, keys[0].shape[0], keys[1].shape[1]
@@ -174,7 +196,6 @@ def export_run(options: Options) -> Path:
     widths = {name.split(".")[4] for name in state if ".heads." in name}
     if widths != {str(llm.hidden_size)} or llm.num_key_value_heads != llm.num_attention_heads:
         raise UserError(f"the released code knows one width, but {config.llm.path} has grouped or unequal projections")
-    imported = json.loads((run / "official.json").read_text()) if (run / "official.json").is_file() else {}
     written = {**imported, **llm.to_dict(), **_vision_fields(config.vision), **fields}
     written |= {"model_type": "llava_vlora", "architectures": ["LlavaVLoRALlamaForCausalLM"]}
     projector = official.export_connector(state, fields)
@@ -187,9 +208,8 @@ def export_run(options: Options) -> Path:
         tensors = dict(projector)
         for file in sorted(llm_folder.glob("*.safetensors")):
             tensors |= load_file(file)
-        if (run / "official.json").is_file():  # with the tower it came with
-            tower = run / "vision" / "model.safetensors"
-            tensors |= {official.TOWER + name: t for name, t in load_file(tower).items()} if tower.is_file() else {}
+        tower = run / FOLDER / "vision" / "model.safetensors"
+        tensors |= {official.TOWER + name: t for name, t in load_file(tower).items()} if tower.is_file() else {}
         _save(tensors, out / "model.safetensors")
         for pattern in _TOKENIZER:
             for file in llm_folder.glob(pattern):

@@ -176,8 +176,8 @@ def test_a_missing_model_is_named_before_anything_else(shipped, tmp_path):
     arguments = ["experiment=vlora_7b", f"cache_dir={tmp_path}", "launch=slurm", f"run_dir={tmp_path}/run"]
     done = world.train(arguments)
     assert done.returncode == 2 and not (tmp_path / "run").exists()
-    assert done.stderr.startswith("error: llm.path=lmsys/vicuna-7b-v1.5 is not on this machine"), done.stderr
-    assert done.stderr.count("\n") == 1
+    (line,) = (line for line in done.stderr.splitlines() if "RuntimeWarning" not in line)  # of the tests' own start
+    assert line.startswith("error: llm.path=lmsys/vicuna-7b-v1.5 is not on this machine")
     done = world.train([*arguments, "check=true"])
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
