@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common.settings import one_of
+from model.batch import Batch
 from model.config import ModelConfig
 from model.decoder.injection import inject
 from model.flops import blocks_flops, linear_weights
@@ -30,13 +31,43 @@ class Conditioning:
 
     Attributes:
         weights: Deltas for the LLM's projections.
-        tokens: Visual tokens [S, M, D] for the LLM's input, with `token_mask` int64 [S, M] (0: padding of samples
-            with fewer images than others).
+        tokens: Visual tokens [I, N, D] of every image, for the LLM's input.
     """
 
     weights: PerceptualWeights | None = None
     tokens: Tensor | None = None
-    token_mask: Tensor | None = None
+
+    def rows(self, batch: Batch) -> Tensor:
+        """Visual tokens of every text row [R, M, D], those of its sample's images in order; 0 where `row_mask` is 0."""
+        assert self.tokens is not None
+        images = _images_of_rows(batch)
+        index = torch.tensor([[max(image, 0) for image in row] for row in images], device=self.tokens.device)
+        real = torch.tensor([[image >= 0 for image in row] for row in images], device=self.tokens.device)
+        return (self.tokens[index] * real[..., None, None].to(self.tokens.dtype)).flatten(1, 2)
+
+    def row_mask(self, batch: Batch) -> Tensor:
+        """int64 [R, M]: 1 where a text row has a visual token, 0 where others have more images."""
+        assert self.tokens is not None
+        real = [[image >= 0 for image in row] for row in _images_of_rows(batch)]
+        mask = torch.tensor(real, dtype=torch.int64, device=batch.input_ids.device)
+        return mask.repeat_interleave(self.tokens.shape[1], 1)
+
+
+def _images_of_rows(batch: Batch) -> list[list[int]]:
+    """Numbers of the images of every text row's sample, filled up with -1 to one length, which is at least 1.
+
+    The dummy of a batch without images is nobody's: its tokens enter times zero, so that the projector still gets a
+    (zero) gradient on every rank.
+    """
+    of_sample: dict[int, list[int]] = {}
+    for image, (sample, weight) in enumerate(
+        zip(batch.image_to_sample.tolist(), batch.image_weight.tolist(), strict=True)
+    ):
+        if weight > 0:
+            of_sample.setdefault(sample, []).append(image)
+    slots = max(1, *map(len, of_sample.values())) if of_sample else 1
+    rows = [of_sample.get(sample, []) for sample in batch.row_to_sample.tolist()]
+    return [row + [-1] * (slots - len(row)) for row in rows]
 
 
 class FeatureNorm(nn.Module):
@@ -194,22 +225,8 @@ class TokenConnector(Connector):
     projector: nn.Module
 
     def forward(self, features: Tensor, image_to_sample: Tensor, image_weight: Tensor, n_samples: int) -> Conditioning:
-        """See `Connector`. The dummy of a batch without images adds zero times its tokens, so that the projector
-        still gets a (zero) gradient on every rank."""
-        tokens = self.projector(self.normalized(features))
-        real = image_weight > 0
-        counts = torch.bincount(image_to_sample[real], minlength=n_samples)
-        slots = int(counts.max()) if real.any() else 0
-        if slots == 0:
-            out = (tokens * 0).sum().expand(n_samples, 1, tokens.shape[-1])
-            return Conditioning(tokens=out, token_mask=image_to_sample.new_zeros(n_samples, 1))
-        # The number of each image among those of its sample, which stand in order.
-        order = torch.cat([torch.arange(int(n), device=counts.device) for n in counts])
-        n, width = tokens.shape[1:]
-        out = tokens.new_zeros(n_samples, slots, n, width)
-        out = out.index_put((image_to_sample[real], order), tokens[real])
-        mask = (torch.arange(slots, device=counts.device) < counts[:, None]).long()
-        return Conditioning(tokens=out.view(n_samples, slots * n, width), token_mask=mask.repeat_interleave(n, 1))
+        """See `Connector`."""
+        return Conditioning(tokens=self.projector(self.normalized(features)))
 
 
 class MLPProjector(nn.Sequential):

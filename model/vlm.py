@@ -43,6 +43,23 @@ class Output:
     tokens: Tensor
 
 
+@dataclass
+class Inputs:
+    """What the decoder is given for a batch of R rows with L text tokens at most.
+
+    Attributes:
+        keywords: Of the decoder's forward.
+        text: int64 [R, L], the flat position in the decoder's output of every text token (of padding: anywhere).
+        positions: Positions of that output, padding included.
+        tokens: How many of them are tokens, visual ones included; int64 scalar.
+    """
+
+    keywords: dict[str, Any]
+    text: Tensor
+    positions: int
+    tokens: Tensor
+
+
 class VisionLanguageModel(nn.Module):
     """Image and text in, loss or text out.
 
@@ -92,37 +109,74 @@ class VisionLanguageModel(nn.Module):
         for a loss of zero.
         """
         conditioning = self.condition(batch)
-        inputs, offset = self.llm_inputs(batch, conditioning)
-        tokens = inputs["attention_mask"].sum()
-        packing = self._pack(inputs) if self.pack_tokens else None
-        if "perceptual_weights" in inputs:
-            rows = batch.rows if packing is None else packing.rows(batch.rows)
-            segments = rows.segments(batch.input_ids.shape[1], tokens.device)
-            inputs["perceptual_weights"] = inputs["perceptual_weights"].for_rows(segments)
-        hidden = self.llm.get_decoder()(**inputs, use_cache=False).last_hidden_state
-        positions = hidden.shape[0] * hidden.shape[1]
+        inputs = self.inputs(batch, conditioning, self._packing(batch, conditioning) if self.pack_tokens else None)
         targets = batch.labels[:, 1:]
         supervised = targets != IGNORE
-        if packing is None:
-            hidden = hidden[:, offset:][:, :-1][supervised]
-        else:
-            hidden = hidden.flatten(0, 1)[packing.target[:, offset:][:, :-1][supervised]]
-        loss = self.llm.get_output_embeddings()(hidden, targets[supervised])
-        return Output(loss, int(supervised.sum()), conditioning.weights, positions, tokens)
+        loss = self.decode(inputs, inputs.text[:, :-1][supervised], targets[supervised])
+        return Output(loss, int(supervised.sum()), conditioning.weights, inputs.positions, inputs.tokens)
 
-    def _pack(self, inputs: dict) -> Packing:
-        """Replace padded keywords of the decoder's forward by packed ones."""
-        mask = inputs.pop("attention_mask")
+    def inputs(self, batch: Batch, conditioning: Conditioning | None, packing: Packing | None = None) -> Inputs:
+        """What the decoder is given for a batch.
+
+        Args:
+            batch: The text rows.
+            conditioning: Of its images; None: text only.
+            packing: Lays out the rows without padding; None: as they are.
+        """
+        mask, offset = self._mask(batch, conditioning), 0
+        keywords: dict[str, Any] = {"input_ids": batch.input_ids}
+        if conditioning is not None and conditioning.tokens is not None:
+            visual = conditioning.rows(batch)
+            text = self.llm.get_input_embeddings()(batch.input_ids)
+            keywords = {"inputs_embeds": torch.cat([visual.to(text.dtype), text], dim=1)}
+            offset = visual.shape[1]
+        at = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
+        tokens, positions = mask.sum(), mask.numel()
+        if packing is None:
+            keywords |= {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+        else:
+            keywords = {name: packing.pack(value) for name, value in keywords.items()}
+            keywords["position_ids"] = packing.position_ids
+            if self._one_row:
+                keywords |= packing.flash_keywords()
+            at, positions = packing.target, packing.source.numel()
+        if conditioning is not None and conditioning.weights is not None:
+            rows = batch.rows if packing is None else packing.rows(batch.rows)
+            keywords["perceptual_weights"] = conditioning.weights.for_rows(rows)
+        return Inputs(keywords, at[:, offset:], positions, tokens)
+
+    def decode(self, inputs: Inputs, at: Tensor, targets: Tensor) -> Tensor:
+        """Run the decoder, and the head at some of its positions only.
+
+        Args:
+            inputs: Of the whole batch.
+            at: int64 [T], flat positions of the decoder's output.
+            targets: int64 [T], the token that should follow each.
+
+        Returns:
+            Summed cross-entropy, a scalar.
+        """
+        keywords = dict(inputs.keywords)
+        if (weights := keywords.get("perceptual_weights")) is not None:
+            # Laid out once, before the layers: a compiled layer cannot do it.
+            keywords["perceptual_weights"] = weights.for_rows(weights.rows.segments(inputs.text.shape[1], at.device))
+        hidden = self.llm.get_decoder()(**keywords, use_cache=False).last_hidden_state
+        return self.llm.get_output_embeddings()(hidden.flatten(0, 1)[at], targets)
+
+    def _mask(self, batch: Batch, conditioning: Conditioning | None) -> Tensor:
+        """int64 [R, visual + L]: where the decoder's input holds a token."""
+        if conditioning is None or conditioning.tokens is None:
+            return batch.attention_mask
+        return torch.cat([conditioning.row_mask(batch), batch.attention_mask], dim=1)
+
+    @property
+    def _one_row(self) -> bool:
         # FlashAttention-2 is told of the segments only where they all stand in one row.
-        one_row = self.llm.config._attn_implementation == "flash_attention_2"
-        packing = Packing.of(mask.cpu(), None if one_row else self.pack_tokens).to(mask.device)
-        inputs["position_ids"] = packing.position_ids
-        if one_row:
-            inputs |= packing.flash_keywords()
-        for name in ("input_ids", "inputs_embeds"):
-            if name in inputs:
-                inputs[name] = packing.pack(inputs[name])
-        return packing
+        return self.llm.config._attn_implementation == "flash_attention_2"
+
+    def _packing(self, batch: Batch, conditioning: Conditioning) -> Packing:
+        mask = self._mask(batch, conditioning)
+        return Packing.of(mask.cpu(), None if self._one_row else self.pack_tokens).to(mask.device)
 
     def checkpoint_layers(self) -> None:
         """Keep only the inputs of the decoder layers for the backward pass and recompute the rest.
@@ -159,7 +213,7 @@ class VisionLanguageModel(nn.Module):
             options: Of transformers' `generate`: sampling (`do_sample=True, temperature=0.7`), `streamer`.
         """
         conditioning = self.condition(batch) if batch.has_image else None
-        inputs, _ = self.llm_inputs(batch, conditioning)
+        inputs = self.inputs(batch, conditioning).keywords
         weights = inputs.pop("perceptual_weights", None)
         inputs.pop("position_ids")  # generate derives the same ones from the mask
         pin: AbstractContextManager = pinned(self.llm, weights) if self.placement is not None else nullcontext()
@@ -172,31 +226,6 @@ class VisionLanguageModel(nn.Module):
                 eos_token_id=list(answer_end),
             )
         return out if "inputs_embeds" in inputs else out[:, batch.input_ids.shape[1] :]
-
-    def llm_inputs(self, batch: Batch, conditioning: Conditioning | None) -> tuple[dict, int]:
-        """Keywords of the decoder's forward, and how many positions stand in front of the text.
-
-        Only the connector `vlora` adds `perceptual_weights`; the others give `inputs_embeds` in place of `input_ids`.
-        """
-        mask = batch.attention_mask
-        if conditioning is None or conditioning.tokens is None or conditioning.token_mask is None:
-            inputs = {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": _positions(mask)}
-            if conditioning is not None and conditioning.weights is not None:
-                inputs["perceptual_weights"] = conditioning.weights.for_rows(batch.rows)
-            return inputs, 0
-        tokens = conditioning.tokens[batch.row_to_sample]
-        text = self.llm.get_input_embeddings()(batch.input_ids)
-        mask = torch.cat([conditioning.token_mask[batch.row_to_sample], mask], dim=1)
-        inputs = {
-            "inputs_embeds": torch.cat([tokens.to(text.dtype), text], dim=1),
-            "attention_mask": mask,
-            "position_ids": _positions(mask),
-        }
-        return inputs, tokens.shape[1]
-
-
-def _positions(mask: Tensor) -> Tensor:
-    return (mask.cumsum(1) - 1).clamp_min(0)
 
 
 def build_model(

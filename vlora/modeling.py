@@ -395,7 +395,7 @@ class VLoRAForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> tuple[PerceptualWeights | None, dict[str, Any]]:
         batch = self._batch(ids, mask, pixel_values, image_to_row)
         conditioning = self.model.condition(batch)
-        inputs, _ = self.model.llm_inputs(batch, conditioning)
+        inputs = self.model.inputs(batch, conditioning).keywords
         return inputs.pop("perceptual_weights", None), inputs
 
 

@@ -43,9 +43,8 @@ def test_text_only_rows_are_the_plain_llm(connector):
     """In a mixed batch, and in one with a dummy image only; every connector parameter still gets a gradient."""
     model = parts.build(parts.config(connector)).eval()
     mixed = parts.batch(rows=[0, 1], images=[0])
-    conditioning = model.condition(mixed)
-    inputs, offset = model._llm_inputs(mixed, conditioning)
-    ours = model.llm.get_decoder()(**inputs).last_hidden_state[1, offset:]
+    inputs = model.inputs(mixed, model.condition(mixed))
+    ours = model.llm.get_decoder()(**inputs.keywords).last_hidden_state.flatten(0, 1)[inputs.text[1]]
     plain = model.llm.get_decoder()(input_ids=mixed.input_ids[1:]).last_hidden_state[0]
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
 
@@ -80,17 +79,20 @@ def test_batched_generation_equals_one_at_a_time(connector):
 def test_visual_tokens_stand_in_order_in_front_of_the_text(connector):
     model = parts.build(parts.config(connector)).eval()
     batch = parts.batch(rows=[0, 1, 2], images=[0, 0, 2])
-    conditioning = model.condition(batch)
+    inputs = model.inputs(batch, model.condition(batch))
     per_image = model.connector.visual_tokens
     assert per_image == {"mlp": 4, "qformer": 3}[connector]
     tokens = model.connector.projector(model.connector.normalized(model.encode(batch.images)))
-    assert conditioning.tokens.shape == (3, 2 * per_image, 32)
-    assert torch.equal(conditioning.tokens[0], tokens[:2].flatten(0, 1))
-    assert conditioning.token_mask.tolist() == [
+    embeds = inputs.keywords["inputs_embeds"]
+    assert embeds.shape == (3, 2 * per_image + 7, 32)
+    assert torch.equal(embeds[0, : 2 * per_image], tokens[:2].flatten(0, 1))
+    assert torch.equal(embeds[2, :per_image], tokens[2]) and not embeds[1, : 2 * per_image].any()
+    assert inputs.keywords["attention_mask"][:, : 2 * per_image].tolist() == [
         [1] * 2 * per_image,
         [0] * 2 * per_image,
         [1] * per_image + [0] * per_image,
     ]
+    assert inputs.text[:, 0].tolist() == [row * embeds.shape[1] + 2 * per_image for row in range(3)]
 
 
 def test_feature_norm_uses_the_given_statistics():

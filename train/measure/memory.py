@@ -20,10 +20,10 @@ from transformers import PreTrainedTokenizerBase
 
 from data_prep.store.errors import CorruptShardError, DataError
 from model.batch import Batch
-from model.connectors import Conditioning, TokenConnector, connector_class
+from model.connectors import connector_class
 from model.decoder import loss
+from model.decoder.packing import Packing
 from model.generator.placement import decoder_layers
-from model.ops import Rows
 from model.vision import build_vision
 from model.vlm import VisionLanguageModel, build_model
 from train.config import DTYPES, RunConfig
@@ -220,6 +220,14 @@ class _Saved:
     def trace(self, load: Workload, image_shape: tuple[int, ...]) -> None:
         """Run the forward pass of one micro-batch on fake tensors."""
         model = self.model
+        # What the model reads on the host is real: ids, masks, which image belongs to which sample.
+        length, packing = load.length, None
+        if model.pack_tokens:
+            length = max(1, round(load.mean_length))
+        batch = _batch(load, length)
+        if model.pack_tokens:
+            visual = model.connector.visual_tokens * load.images // load.samples
+            packing = Packing.of(torch.ones(load.rows, visual + length), model.pack_tokens)
         with FakeTensorMode(allow_non_fake_inputs=True):
             made: dict[int, Tensor] = {}
             # Parameters without memory, in the engine's dtype; a tied one stays one.
@@ -233,52 +241,29 @@ class _Saved:
                 layer.register_forward_pre_hook(self._enter(index), with_kwargs=True)
                 layer.register_forward_hook(self._leave)
             with torch.autograd.graph.saved_tensors_hooks(self._count, lambda t: t):
-                self._forward(load, image_shape)
+                batch.images = torch.empty(load.images, *image_shape, dtype=self.dtype)
+                self._forward(batch, packing, batch.input_ids.numel())
 
     def _dtype_of(self, tensor: Tensor) -> torch.dtype:
         return self.dtype if tensor.is_floating_point() else tensor.dtype
 
-    def _forward(self, load: Workload, image_shape: tuple[int, ...]) -> None:
+    def _forward(self, batch: Batch, packing: Packing | None, targets: int) -> None:
+        """The model's own steps; what depends on values (packing, which positions are targets) is given."""
         model = self.model
-        samples = [row * load.samples // load.rows for row in range(load.rows)]
-        length = load.length
-        rows = Rows.padded(samples, load.samples)
-        ids = torch.zeros(load.rows, length, dtype=torch.int64)
-        image_to_sample = [image * load.samples // load.images for image in range(load.images)]
-        batch = Batch(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            labels=ids,
-            row_to_sample=torch.tensor(samples),
-            images=torch.empty(load.images, *image_shape, dtype=self.dtype),
-            image_to_sample=torch.tensor(image_to_sample),
-            image_weight=torch.ones(load.images),
-            n_samples=load.samples,
-            rows=rows,
-        )
-        features = model.encode(batch.images)
-        if isinstance(model.connector, TokenConnector):
-            tokens = model.connector.projector(model.connector.normalized(features))
-            per_sample = tokens.reshape(load.samples, -1, tokens.shape[-1])
-            conditioning = Conditioning(tokens=per_sample, token_mask=torch.ones(per_sample.shape[:2]).long())
-        else:
-            conditioning = model.connector(features, batch.image_to_sample, batch.image_weight, load.samples)
-            factors = {} if conditioning.weights is None else conditioning.weights.a
-            for factor in factors.values():  # inputs of the layers: recomputation does not free them
+        conditioning = model.condition(batch)
+        if conditioning.weights is not None:
+            for factor in conditioning.weights.a.values():  # inputs of the layers: recomputation does not free them
                 self._count(factor)
                 self.transient += factor.nbytes  # and their gradients, collected by the backward pass
-        inputs, visual = model._llm_inputs(batch, conditioning)
-        if model.pack_tokens:
-            _pack(inputs, load, model.pack_tokens, visual, samples)
-        hidden = model.llm.get_decoder()(**inputs, use_cache=False).last_hidden_state
-        targets = int(load.rows * (load.mean_length if model.pack_tokens else length))
-        head = model.llm.get_output_embeddings()
-        head(hidden.flatten(0, 1)[:targets], torch.zeros(min(targets, hidden.shape[:2].numel()), dtype=torch.int64))
+        inputs = model.inputs(batch, conditioning, packing)
+        targets = min(targets, inputs.positions)
+        at = torch.arange(targets)
+        model.decode(inputs, at, torch.zeros(targets, dtype=torch.int64))
         # At the end of the forward pass: logits of a chunk, their log-probabilities and, in bf16, a copy.
-        logits = min(targets * head.out_features, loss.CHUNK_LOGITS)
+        logits = min(targets * model.llm.get_output_embeddings().out_features, loss.CHUNK_LOGITS)
         # At the start of the backward pass: gradients of a layer's widest activations.
         widest = max(m.out_features for m in decoder_layers(model.llm)[-1].modules() if isinstance(m, nn.Linear))
-        layer = 3 * hidden.shape[:2].numel() * widest * self.dtype.itemsize
+        layer = 3 * inputs.positions * widest * self.dtype.itemsize
         self.transient += max(logits * (8 + (self.dtype.itemsize < 4) * 2), layer)
 
     def _count(self, tensor: Tensor) -> Tensor:
@@ -308,24 +293,20 @@ class _Saved:
         self._layer = None
 
 
-def _pack(inputs: dict, load: Workload, pack_tokens: int, visual: int, samples: list[int]) -> None:
-    """Replace padded keywords of the decoder's forward by packed ones, rows of average length."""
-    length = max(1, round(load.mean_length) + visual)
-    per_row = max(1, pack_tokens // length)
-    packed = -(-load.rows // per_row)
-    width = min(per_row, load.rows) * length
-    inputs.pop("attention_mask")
-    inputs["position_ids"] = torch.zeros(packed, width, dtype=torch.int64)
-    if "input_ids" in inputs:
-        inputs["input_ids"] = torch.zeros(packed, width, dtype=torch.int64)
-    else:
-        inputs["inputs_embeds"] = inputs["inputs_embeds"].flatten(0, 1)[: packed * width].view(packed, width, -1)
-    if "perceptual_weights" in inputs:
-        segments = [samples[min(i, load.rows - 1)] for i in range(packed * width // length)]
-        offsets = [length * i for i in range(len(segments) + 1)]
-        inputs["perceptual_weights"] = inputs["perceptual_weights"].for_rows(
-            Rows.packed(offsets, segments, load.samples)
-        )
+def _batch(load: Workload, length: int) -> Batch:
+    """A micro-batch of `load` whose rows all have `length` tokens; without its images."""
+    samples = [row * load.samples // load.rows for row in range(load.rows)]
+    ids = torch.zeros(load.rows, length, dtype=torch.int64)
+    return Batch(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        labels=ids,
+        row_to_sample=torch.tensor(samples),
+        images=torch.empty(0),
+        image_to_sample=torch.tensor([image * load.samples // load.images for image in range(load.images)]),
+        image_weight=torch.ones(load.images),
+        n_samples=load.samples,
+    )
 
 
 def describe(config: RunConfig, world_size: int, load: Workload, found: MemoryPlan, limit: int | None) -> str:
