@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from threading import Thread
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TextIteratorStreamer
 
 from data_prep.store.sample import Dialogue
 from model.deploy.merging import MergeReport
 from model.generator.weights import PerceptualWeights
+from vlora.streaming import AnswerStreamer
 
 if TYPE_CHECKING:
     from vlora.modeling import VLoRAForConditionalGeneration
     from vlora.processing import Picture, VLoRAProcessor
+
+
+class _Stopped(Exception):
+    """The reader of a stream has gone."""
 
 
 class Conversation:
@@ -36,6 +40,7 @@ class Conversation:
     Attributes:
         dialogue: The turns so far.
         report: What the last merge lost by rounding; none without `merge`.
+        last_tokens: Tokens of the last answer, its end included.
     """
 
     def __init__(
@@ -48,6 +53,8 @@ class Conversation:
         self.model, self.processor, self.merge = model, processor, merge
         self.dialogue: Dialogue = []
         self.report: MergeReport | None = None
+        self.last_tokens = 0
+        self._told: MergeReport | None = None
         self._images: list[Picture] = []
         self._weights: PerceptualWeights | None = None
         self._pixels: torch.Tensor | None = None
@@ -66,6 +73,12 @@ class Conversation:
     def weights(self) -> PerceptualWeights | None:
         """Their weights, summed; none without images, and for connectors that make no weights."""
         return self._weights
+
+    def fresh_report(self) -> MergeReport | None:
+        """`report`, once after every merge."""
+        fresh = self.report if self.report is not self._told else None
+        self._told = self.report
+        return fresh
 
     def add(self, image: Picture) -> None:
         """Add an image; it is encoded here, once.
@@ -130,6 +143,7 @@ class Conversation:
         turns = [*self.dialogue, {"role": "user", "content": question}]
         inputs = self.processor.batch([self.processor.text.encode_prompt(turns)], [[]]).to(self.model.device)
         options: dict[str, Any] = {"max_new_tokens": 256} | generation
+        options["max_new_tokens"] += len(self.processor.text.answer_prefix)
         if self._kept(inputs["input_ids"], options):
             options["past_key_values"] = self._cache
         elif self._weights is None and self._pixels is not None:  # visual tokens stand in the input itself
@@ -140,34 +154,49 @@ class Conversation:
             options["perceptual_weights"] = self._weights
         out = self.model.generate(**inputs, **options, return_dict_in_generate=True)
         ids = out.sequences[0]
-        answer = self.processor.answer(ids[inputs["input_ids"].shape[1] :])
+        new = ids[inputs["input_ids"].shape[1] :]
+        answer, self.last_tokens = self.processor.answer(new), len(new)
         self.dialogue = [*turns, {"role": "assistant", "content": answer}]
         self._ids, self._cache = ids, None if options.get("num_beams", 1) > 1 else out.past_key_values
         return answer
 
     def stream(self, question: str, **generation: Any) -> Iterator[str]:
-        """As `ask`, in pieces as they come. What is raised while it runs is raised here."""
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        failed: list[BaseException] = []
+        """As `ask`, in pieces as they come. What is raised while it runs is raised here.
+
+        Whoever stops reading stops the generation at the next token; the turns then stay as they were.
+        """
+        streamer = AnswerStreamer(self.processor)
+        stopped, failed = Event(), []
+
+        def stop(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            if stopped.is_set():
+                raise _Stopped
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
         def run() -> None:
             try:
-                self.ask(question, streamer=streamer, **generation)
+                self.ask(question, streamer=streamer, stopping_criteria=[stop], **generation)
+            except _Stopped:
+                self._forget()
             except BaseException as error:
                 failed.append(error)
+            finally:
                 streamer.end()
 
         thread = Thread(target=run, daemon=True)
         thread.start()
-        first = True
-        for piece in streamer:
-            text = piece.lstrip() if first else piece
-            first = first and not text
-            if text:
-                yield text
-        thread.join()
+        try:
+            yield from streamer
+        finally:
+            stopped.set()
+            thread.join()
         if failed:
             raise failed[0]
+
+    def use_branch(self) -> None:
+        """Take merged weights out of the model again, bit for bit, and run them beside it."""
+        self.merge = False
+        self._set(self._weights)
 
     def _set(self, weights: PerceptualWeights | None) -> None:
         self._merged.close()
