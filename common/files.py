@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, waiting for the disk, digests."""
+"""Files that are whole or absent, and known to be what was written: atomic writes, waiting for the disk, checksums."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ import os
 import uuid
 from pathlib import Path
 from typing import Any
+
+import xxhash
+
+from common.errors import UserError
+
+_CHECKSUM = "checksum"
+
+
+class DamagedFile(UserError):
+    """A file is missing, or is not what was written."""
 
 
 def digest(value: Any) -> str:
@@ -21,12 +31,111 @@ def file_sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def checksum(file: Path) -> str:
+    """XXH3-64 of a file's bytes, 16 hex digits: finds accidents at the speed of memory, protects from nobody."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, xxhash.xxh3_64).hexdigest()
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name`, for a name that was read from a file.
+
+    Raises:
+        DamagedFile: it leads out of the folder.
+    """
+    path = folder / name
+    if not name or os.path.isabs(name) or not path.resolve().is_relative_to(folder.resolve()):
+        raise DamagedFile(f"{folder}: the name {name!r} leads out of this folder and is not followed")
+    return path
+
+
+def seal(folder: Path, names: list[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Size in bytes and checksum of files of `folder` by relative name (default: all), waiting for each on the disk."""
+    sealed = {}
+    for name in file_names(folder) if names is None else names:
+        file = folder / name
+        sync(file)
+        sealed[name] = {"size": file.stat().st_size, _CHECKSUM: checksum(file)}
+    return sealed
+
+
+def file_names(folder: Path) -> list[str]:
+    """Relative names of all files below `folder`, sorted."""
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+
+
+def damage(folder: Path, sealed: dict[str, dict[str, Any]]) -> str | None:
+    """What is wrong with the first of the sealed files that is not what was written; None when all are.
+
+    Raises:
+        DamagedFile: a name that leads out of the folder.
+    """
+    for name, record in sealed.items():
+        file = inside(folder, name)
+        if not file.is_file():
+            return f"{name} is missing"
+        if (size := file.stat().st_size) != record["size"]:
+            return f"{name} has {size} bytes, {record['size']} were written"
+        if checksum(file) != record[_CHECKSUM]:
+            return f"{name} is not what was written (its checksum differs)"
+    return None
+
+
+def write_json(file: Path, value: dict[str, Any]) -> None:
+    """Write `file` atomically, with a checksum of its own for `read_json`."""
+    value = json.loads(json.dumps(value))  # as it will be read: keys are texts
+    write_atomically(file, json.dumps({**value, _CHECKSUM: _xxh3(value)}, indent=1) + "\n")
+
+
+def read_json(file: Path, remedy: str) -> dict[str, Any]:
+    """What `write_json` wrote. A file without a checksum, written by hand, is taken as it is.
+
+    Args:
+        remedy: What the user can do about a file that cannot be used; ends the message.
+
+    Raises:
+        DamagedFile: it is missing, is no JSON object, or is not what was written.
+    """
+    try:
+        value = json.loads(read_text(file, remedy))
+    except ValueError as error:
+        raise DamagedFile(f"{file} is damaged: no JSON ({error}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise DamagedFile(f"{file} is damaged: a JSON object is expected, not a {type(value).__name__}; {remedy}")
+    written = value.pop(_CHECKSUM, None)
+    if written is not None and written != _xxh3(value):
+        raise DamagedFile(f"{file} is damaged: its content is not what was written (checksum); {remedy}")
+    return value
+
+
+def read_text(file: Path, remedy: str) -> str:
+    """A small UTF-8 file.
+
+    Raises:
+        DamagedFile: it cannot be read, is empty, or is no text.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DamagedFile(f"{file} cannot be read ({error.strerror}); {remedy}") from error
+    except UnicodeDecodeError as error:
+        raise DamagedFile(f"{file} is damaged: no UTF-8 text; {remedy}") from error
+    if not text.strip("\0 \n"):
+        raise DamagedFile(f"{file} is empty; {remedy}")
+    return text
+
+
 def write_atomically(file: Path, text: str) -> None:
-    """Write `file` so that a reader, or the next boot, sees the old text or the new, never a part."""
+    """Write `file` so that a reader, or the next boot, sees the old text or the new, never a part.
+
+    The permissions of a file that is there already are kept.
+    """
     # A name of its own for each writer: the tasks of a job array may write the same file at the same time.
     temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
-        with temporary.open("w") as stream:
+        with temporary.open("w", encoding="utf-8") as stream:
+            if file.exists():
+                os.fchmod(stream.fileno(), file.stat().st_mode & 0o7777)
             stream.write(text)
         sync(temporary)
         temporary.replace(file)
@@ -43,3 +152,12 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def text_checksum(text: str) -> str:
+    """XXH3-64 of a text's UTF-8 bytes, 16 hex digits."""
+    return xxhash.xxh3_64(text.encode()).hexdigest()
+
+
+def _xxh3(value: dict[str, Any]) -> str:
+    return text_checksum(json.dumps(value, sort_keys=True))

@@ -26,7 +26,7 @@ class VisionEncoder(nn.Module):
         hf = encoder.config
         if getattr(encoder, "use_head", False):
             # SigLIP's pooling head: nobody reads its result, so it is neither run nor kept.
-            encoder.use_head, encoder.head = False, None
+            encoder.use_head, encoder.head, hf.vision_use_head = False, None, False
         if "siglip2" in hf.model_type or not hasattr(hf, "image_size"):
             raise ModelError(
                 f"vision.path={config.path}: {hf.model_type} has no fixed image size (SigLIP 2 NaFlex is such a one); "

@@ -88,16 +88,13 @@ def check_space(report: Report, folders: list[Path], least_gib: float) -> None:
 
 def check_inputs(report: Report, run_dir: Path) -> None:
     """Weights and data are there, and are those of the run's checkpoint if it has one."""
-    import json
-
     from model.loading import fingerprint
     from train import config as configuration
     from train.data import open_split, open_train_split
     from train.engine import checkpoint
 
     config = configuration.load(run_dir / "config.yaml")
-    found = checkpoint.find(run_dir)
-    known = json.loads((found / "COMPLETE").read_text())["identity"] if found else {}
+    found, known = checkpoint.identity(run_dir)
     for name, path in (("llm", config.llm.path), ("vision", config.vision.path)):
         try:
             seen = fingerprint(path)

@@ -6,10 +6,12 @@ FOLDER/llm/  FOLDER/vision/     Hugging Face folders of the parts that were trai
 FOLDER/processor_config.json    pixels and text template; beside it the tokenizer and the chat template
 FOLDER/generation_config.json   with which tokens an answer ends
 FOLDER/README.md                the model card
+FOLDER/checksums.json           size and checksum of the files of a run's export, verified when it is read
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
+from common.files import DamagedFile, damage, file_names, read_json, seal, write_json
 from model.loading import ModelError, fingerprint
 from vlora.configuration import VLoRAConfig
 from vlora.processing import VLoRAProcessor
@@ -31,20 +34,24 @@ if TYPE_CHECKING:
 EXPORT = "export"
 """Where a run directory keeps its folder."""
 WEIGHTS = "model.safetensors"
+CHECKSUMS = "checksums.json"
+_REMEDY = "A run exports anew when its file DONE is removed and it is started again"
 _PREFIX = "connector."
 
 
 def find(name: str | Path, **hub: Any) -> Path:
-    """The folder of a run directory, of a folder, or of a Hugging Face name (fetched).
+    """The folder of a run directory, of a folder, or of a Hugging Face name (fetched); verified where it is sealed.
 
     Args:
         hub: `revision`, `token`, `cache_dir`, `local_files_only`, as transformers knows them.
 
     Raises:
         ModelError: nothing there.
+        DamagedFile: a file is not what was written.
     """
     path = Path(name).expanduser()
     for folder in (path / EXPORT, path):
+        verify(folder)
         if (folder / "config.json").is_file() or (folder / "export.json").is_file():
             return folder
     if path.exists():
@@ -55,6 +62,26 @@ def find(name: str | Path, **hub: Any) -> Path:
     except (OSError, HFValidationError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{name}: neither a run directory, nor a folder, nor on the hub ({reason})") from error
+
+
+def seal_folder(folder: Path) -> None:
+    """Write down size and checksum of its files, the card apart, which is written again."""
+    names = [name for name in file_names(folder) if name != "README.md"]
+    write_json(folder / CHECKSUMS, {"files": seal(folder, names)})
+
+
+def verify(folder: Path) -> None:
+    """Raise a `DamagedFile` where a sealed folder is not what was written; one without checksums passes."""
+    file = folder / CHECKSUMS
+    if file.exists() and (problem := _damage(folder.resolve(), file.stat().st_mtime_ns)):
+        raise DamagedFile(
+            f"{folder} is damaged: {problem}. {_REMEDY} (if the change is meant, remove {CHECKSUMS} there)"
+        )
+
+
+@functools.lru_cache(maxsize=8)  # an LLM has gigabytes, and who loads a model asks more than once
+def _damage(folder: Path, written: int) -> str | None:
+    return damage(folder, read_json(folder / CHECKSUMS, _REMEDY)["files"])
 
 
 def read_config(folder: Path) -> VLoRAConfig:

@@ -9,7 +9,7 @@ import signal
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import vlora
 from data_prep.store.writer import write_split
@@ -164,7 +164,7 @@ def test_a_run_stopped_between_its_last_step_and_its_end_finishes(home, tmp_path
     shutil.rmtree(tmp_path / "run" / "samples")
     done = world.train(arguments)
     assert done.returncode == 0 and "resumed at step 2" in done.stdout, done.stderr
-    assert same_tensors(tmp_path / "run/export/connector.safetensors", tmp_path / "whole/export/connector.safetensors")
+    assert same_tensors(tmp_path / "run/export/model.safetensors", tmp_path / "whole/export/model.safetensors")
     table = "samples/step-000002.jsonl"
     assert (tmp_path / "run" / table).read_text() == (tmp_path / "whole" / table).read_text()
     validation = [[r["val_loss"] for r in read_metrics(tmp_path / n) if "val_loss" in r] for n in ("run", "whole")]
@@ -185,16 +185,59 @@ def test_another_number_of_ranks_goes_on(home, pretrained, tmp_path):
         assert loss == pytest.approx(reference, rel=1e-3), step
 
 
-def test_a_half_written_checkpoint_is_not_read(pretrained, tmp_path):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(pretrained, tmp_path, capsys):
     from train.engine import checkpoint
 
     shutil.copytree(pretrained / "checkpoints", tmp_path / "checkpoints")
     assert checkpoint.find(tmp_path).name == "step-000060"
     shard = next((tmp_path / "checkpoints" / "step-000060").glob("*optim*"))
-    shard.write_bytes(shard.read_bytes()[:-1])
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
     assert checkpoint.find(tmp_path).name == "step-000050"
+    said = capsys.readouterr().err
+    assert re.search(r"step-000060: zero\S+optim_states.pt is not what was written.*step-000050 is used", said), said
+    assert (tmp_path / "checkpoints" / "damaged-step-000060").is_dir()
     (tmp_path / "checkpoints" / "step-000050" / "COMPLETE").unlink()
+    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint in .* can be used: step-000050: .*COMPLETE"):
+        checkpoint.find(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
     assert checkpoint.find(tmp_path) is None
+
+
+class Planted:
+    """Unpickled, it leaves a file behind."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.trace}",)
+
+
+@pytest.mark.parametrize(("ranks", "kind"), [(2, "model_states"), (2, "optim_states"), (1, "optim_states")])
+def test_a_command_planted_in_a_checkpoint_is_refused_by_name_and_never_run(home, pretrained, tmp_path, ranks, kind):
+    """By someone who can write all of the run directory, checksums too; with one rank it is converted first."""
+    from common.files import read_json, seal, write_json
+
+    shutil.copytree(pretrained, tmp_path / "run")
+    (tmp_path / "run" / "DONE").unlink()
+    folder = tmp_path / "run" / "checkpoints" / "step-000060"
+    shard = folder / f"zero_pp_rank_1_mp_rank_00_{kind}.pt"
+    content = torch.load(shard, weights_only=False)
+    torch.save({**content, "extra": Planted(tmp_path / "trace")}, shard)
+    record = read_json(folder / "COMPLETE", "")
+    record["files"] = seal(folder, list(record["files"]))
+    write_json(folder / "COMPLETE", record)
+    done = world.train(
+        world.overrides(
+            home, tmp_path / "run", f"stage.steps={STEPS}", "checkpoint.every=10", f"launch.workers={ranks}"
+        )
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    refused = rf"error: .*{shard.name} holds `(posix|nt).system`.*nothing of it was run"
+    assert re.search(refused, done.stderr), done.stderr
+    assert not (tmp_path / "trace").exists()
 
 
 def test_a_finished_run_is_left_alone(home, pretrained):
@@ -251,6 +294,16 @@ def other_llm(home, tmp_path):
     return ["stage=finetune", "init_from=PRETRAINED", f"llm.path={other}/llm"], r"was trained with another llm"
 
 
+def not_finite(home, tmp_path):
+    shutil.copytree(home / "llm", tmp_path / "llm")
+    weights = load_file(tmp_path / "llm" / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(weights, tmp_path / "llm" / "model.safetensors", metadata={"format": "pt"})
+    return [
+        f"llm.path={tmp_path}/llm"
+    ], r"first loss, of step 1, is nan: 1 of 1536 values .* llm\.model\.layers\.2\.mlp\.up"
+
+
 CASES = {
     "unknown key": lambda *_: (["generator.rnak=4"], r"unknown configuration key `generator\.rnak`; did you mean"),
     "wrong type": lambda *_: (["generator.rank=many"], r"`generator\.rank`"),
@@ -261,6 +314,7 @@ CASES = {
     "unreadable image": unreadable_image,
     "too long": no_target,
     "other llm": other_llm,
+    "weights not finite": not_finite,
 }
 
 

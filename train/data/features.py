@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
-from common.files import digest
+from common.files import DamagedFile, damage, digest, read_json, seal, sync, write_json
 from data_prep.store.errors import DataError
 from data_prep.store.pixels import ImageInput, PixelPreprocessor
 from data_prep.store.split import Split
 
+META, DAMAGED = "meta.json", "DAMAGED"
 log = logging.getLogger(__name__)
 DTYPES = {"float32": (torch.float32, np.float32), "bfloat16": (torch.bfloat16, np.uint16)}
 """Names of stored dtypes: (torch, numpy); numpy has no bfloat16, so its bits are kept as uint16."""
@@ -27,18 +29,34 @@ DTYPES = {"float32": (torch.float32, np.float32), "bfloat16": (torch.bfloat16, n
 class FeatureCache(ImageInput):
     """Cached features by image bytes.
 
-    Files: `features.npy` [n, P, V], `keys.npy` (the sorted first 8 bytes of the images' sha256), `meta.json`.
+    Files: `features.npy` [n, P, V], `keys.npy` (the sorted first 8 bytes of the images' sha256), `checksums.npy` (XXH3
+    of each image's features, verified whenever they are read), `meta.json` (checksums of the other two); `DAMAGED`
+    once features were read that are not what was written.
 
     Args:
         folder: Of a finished cache.
+
+    Raises:
+        DamagedFile: one of its files is not what was written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
-        self.meta = json.loads((self.folder / "meta.json").read_text())
-        self.dtype, _ = DTYPES[self.meta["dtype"]]
-        self._keys = np.load(self.folder / "keys.npy", mmap_mode="r", allow_pickle=False)
-        self._features = np.load(self.folder / "features.npy", mmap_mode="r", allow_pickle=False)
+        self.meta = read_json(self.folder / META, "the cache is made anew")
+        if (self.folder / DAMAGED).exists():
+            raise DamagedFile(f"{self.folder}: {(self.folder / DAMAGED).read_text().strip()}")
+        if problem := damage(self.folder, self.meta.get("files", {META: {"size": 0}})):
+            raise DamagedFile(f"{self.folder}: {problem}")
+        self.dtype, stored = DTYPES[self.meta["dtype"]]
+        try:
+            self._keys, self._checksums, self._features = (
+                np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+                for name in ("keys", "checksums", "features")
+            )
+        except (OSError, ValueError, EOFError) as error:
+            raise DamagedFile(f"{self.folder}: features.npy is damaged ({error})") from error
+        if (list(self._features.shape), self._features.dtype) != (self.meta["shape"], np.dtype(stored)):
+            raise DamagedFile(f"{self.folder}: features.npy is not what was written")
 
     def __reduce__(self):  # to a loader process: opened anew, where pickling the maps would copy all features
         return type(self), (self.folder,)
@@ -55,13 +73,21 @@ class FeatureCache(ImageInput):
         """Features of one image file, still on disk.
 
         Raises:
-            DataError: the image is not in the cache.
+            DataError: the image is not in the cache, or its features are damaged.
         """
         key = image_key(data)
         at = int(np.searchsorted(self._keys, key))
         if at == len(self._keys) or self._keys[at] != key:
             raise DataError(f"an image is not in the feature cache {self.folder}; delete the folder to make it anew")
-        return [self._features[at]]
+        features = self._features[at]
+        if _checksum(features) != self._checksums[at]:
+            with suppress(OSError):
+                (self.folder / DAMAGED).write_text(f"the features of image {at} are not what was written\n")
+            raise DataError(
+                f"feature cache {self.folder} is damaged: the features of image {at} are not what was written; start "
+                "the run again, which makes the cache anew and resumes"
+            )
+        return [features]
 
     def write(self, views: list[np.ndarray], out: Tensor) -> None:
         """Features that were read into `out` [n, P, V]."""
@@ -133,39 +159,62 @@ def ensure_feature_cache(
         [vision_fingerprint, pixels.fingerprint, dtype, hashlib.sha256(keys.astype("<u8").tobytes()).hexdigest()]
     )
     target = Path(folder) / f"features-{fingerprint[:16]}"
-    ready = (target / "meta.json").is_file()
+    cache, damaged = None, ""
+    if target.exists():
+        try:
+            cache = FeatureCache(target)
+        except DamagedFile as error:
+            damaged = str(error)
     barrier()  # so that all ranks have looked before any goes on to make it
-    if ready:
-        return FeatureCache(target)
+    if cache is not None:
+        return cache
+    if damaged and rank == 0:
+        print(f"warning: the feature cache is damaged and is made anew: {damaged}", file=sys.stderr, flush=True)
+        shutil.rmtree(target)
     working = target.with_name(f".{target.name}.{run}.working")
     blank = torch.zeros(1, 3, pixels.size, pixels.size)
     shape = (len(keys), *encode(blank).shape[1:])  # on every rank alike: ZeRO-3 gathers weights in it
     if rank == 0:
         _allocate(working, shape, np.dtype(numpy_dtype))
     barrier()
-    features = np.load(working / "features.npy", mmap_mode="r+", allow_pickle=False)
+    features, checksums = (
+        np.load(working / name, mmap_mode="r+", allow_pickle=False) for name in ("features.npy", "checksums.npy")
+    )
     mine = keys[len(keys) * rank // world_size : len(keys) * (rank + 1) // world_size]
     first, calls = len(keys) * rank // world_size, 0
-    for at, stack in _batches(splits, mine, pixels, batch_size):
+    for at, stack, names in _batches(splits, mine, pixels, batch_size):
         out = encode(stack).detach().to("cpu", torch_dtype).contiguous()
-        features[first + at] = (out.view(torch.uint16) if torch_dtype is torch.bfloat16 else out).numpy()
+        if not (sound := out.isfinite().flatten(1).all(1)).all():
+            raise DataError(
+                f"the vision encoder's features of {names[int((~sound).nonzero()[0])]} are not finite: its weights "
+                "(vision.path) are damaged, or a value overflows"
+            )
+        rows = (out.view(torch.uint16) if torch_dtype is torch.bfloat16 else out).numpy()
+        features[first + at] = rows
+        checksums[first + at] = [_checksum(row) for row in rows]
         calls += 1
     largest = -(-len(keys) // world_size)
     for _ in range(-(-largest // batch_size) - calls):  # as many calls as the rank with most images
         encode(blank)
     features.flush()
+    checksums.flush()
     barrier()
     if rank == 0:
         np.save(working / "keys.npy", keys)
-        meta = {"dtype": dtype, "images": len(keys), "vision": vision_fingerprint, "pixels": pixels.fingerprint}
-        (working / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-        for file in working.iterdir():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
+        meta = {
+            "dtype": dtype,
+            "images": len(keys),
+            "shape": list(shape),
+            "vision": vision_fingerprint,
+            "pixels": pixels.fingerprint,
+            "files": seal(working, ["keys.npy", "checksums.npy"]),
+        }
+        sync(working / "features.npy")
+        write_json(working / META, meta)
         try:
             working.rename(target)
         except OSError:
-            if not (target / "meta.json").is_file():
+            if not (target / META).is_file():
                 raise
             shutil.rmtree(working)  # another run was faster
     barrier()
@@ -184,15 +233,17 @@ def _allocate(working: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
             f"{free >> 20} MB are free; free some, or set vision.cache=false"
         )
     np.lib.format.open_memmap(working / "features.npy", mode="w+", dtype=dtype, shape=shape).flush()
+    np.lib.format.open_memmap(working / "checksums.npy", mode="w+", dtype=np.uint64, shape=shape[:1]).flush()
 
 
 def _batches(
     splits: list[Split], keys: np.ndarray, pixels: PixelPreprocessor, batch_size: int
-) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """(positions in `keys`, pixels) of the images with these keys, each once."""
+) -> Iterator[tuple[np.ndarray, Tensor, list[str]]]:
+    """(positions in `keys`, pixels, shard and sample) of the images with these keys, each once."""
     left = np.ones(len(keys), dtype=bool)
     positions: list[int] = []
     images: list[Tensor] = []
+    names: list[str] = []
     for split in splits:
         for number in split.positions() if left.any() else ():
             sample = split[number]
@@ -208,8 +259,13 @@ def _batches(
                     where = f"{split.shard_of(number)}: sample {sample.id}"
                     raise DataError(f"{where}: {error or type(error).__name__}") from error
                 positions.append(at)
+                names.append(f"{split.shard_of(number)}: sample {sample.id}")
                 if len(images) == batch_size:
-                    yield np.array(positions), torch.stack(images)
-                    positions, images = [], []
+                    yield np.array(positions), torch.stack(images), names
+                    positions, images, names = [], [], []
     if images:
-        yield np.array(positions), torch.stack(images)
+        yield np.array(positions), torch.stack(images), names
+
+
+def _checksum(features: np.ndarray) -> int:
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(features).data.cast("B"))

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing.queues
+import os
+import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,7 +122,7 @@ class _Steps(Dataset):
         multiple, pad_id = self.config.pad_to_multiple, self.text.dialogue.pad_id
         batches, dropped, corrupt = [], 0, {}
         try:
-            for draws in self._deal(self.batching.step(step)):
+            for draws in self.deal(step):
                 pieces = []
                 for source, sample, epoch in draws:
                     try:
@@ -136,7 +140,9 @@ class _Steps(Dataset):
             return _Step([], error=str(error))
         return _Step(batches, dropped, tuple(corrupt.values()))
 
-    def _deal(self, draws: Draws) -> list[Draws]:
+    def deal(self, step: int) -> list[Draws]:
+        """The draws of this rank's micro-batches."""
+        draws = self.batching.step(step)
         budget = self.config.tokens_per_micro_batch
         if budget is None:
             return self.batching.deal(draws, *self.place)
@@ -194,6 +200,17 @@ def loader_errors() -> Iterator[None]:
             f"{error}; if memory ran out, lower data.num_workers or data.prefetch. The run goes on from its newest "
             "checkpoint when it is started again"
         ) from error
+
+
+def _end_when_stuck(worker: int) -> None:
+    """In a loader process: a batch that cannot be handed over ends the process, and with it the run. Python's queue
+    would print the error and go on, and the rank would wait for that batch for ever."""
+
+    def end(error: Exception, batch: object) -> None:
+        print(f"error: loader process {worker} could not hand over a batch: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end)  # type: ignore[attr-defined]
 
 
 class TrainLoader:
@@ -284,6 +301,42 @@ class TrainLoader:
                 raise
             return []
 
+    def samples(self, step: int) -> list[list[str]]:
+        """Shard and id of every sample of this rank's micro-batches of a step."""
+        return [
+            [f"{self.splits[s].shard_of(n)}: sample {self.splits[s].text(n).id}" for s, n, _ in draws]
+            for draws in self._steps.deal(step)
+        ]
+
+    def check_shared_memory(self, local_ranks: int, folder: str = "/dev/shm") -> None:
+        """Refuse loader processes that the machine's shared memory cannot hold. They would wait in it for ever.
+
+        Makes one step, to know its size; nothing with `data.num_workers=0`.
+
+        Args:
+            local_ranks: Of this machine; all have the same folder.
+            folder: Where torch's shared memory is.
+
+        Raises:
+            DataError: too small, with the size needed; or what is wrong with the step.
+        """
+        workers, ahead = self.config.num_workers, self.config.prefetch
+        if not workers or not Path(folder).is_dir():
+            return
+        step = self._steps[self._next]
+        if step.error is not None:
+            raise DataError(step.error)
+        tensors = (t for batch in step.batches for t in vars(batch).values() if isinstance(t, torch.Tensor))
+        batch = sum(t.numel() * t.element_size() for t in tensors)
+        need, free = local_ranks * batch * (workers * ahead + 1), shutil.disk_usage(folder).free
+        if need > free:
+            raise DataError(
+                f"{folder} has {free / 2**20:.0f} MiB free, loader processes need {need / 2**20:.0f} MiB: steps of "
+                f"{batch / 2**20:.1f} MiB, data.num_workers={workers} x data.prefetch={ahead} steps "
+                f"+ 1 for each of {local_ranks} ranks. Make it larger (docker run --shm-size=..., or mount -o "
+                "remount,size=...), lower those two, or load in the ranks themselves with data.num_workers=0"
+            )
+
     def state(self) -> dict[str, int]:
         """Where to go on: the next step, and its epoch and position for the reader of a checkpoint."""
         epoch, position = divmod(self._next * self.config.batch_size, self.epoch_size)
@@ -331,6 +384,7 @@ class TrainLoader:
             prefetch_factor=self.config.prefetch if workers else None,
             multiprocessing_context="spawn" if workers else None,
             persistent_workers=bool(workers),
+            worker_init_fn=_end_when_stuck if workers else None,
         )
         # A cluster sends its stop signals to every process, and the rank still needs batches to end its step: workers
         # inherit a mask that blocks them, from their first instruction on.

@@ -1,20 +1,24 @@
 """Checkpoints that a run resumes from exactly, and that no crash can leave half written.
 
-    RUN_DIR/checkpoints/step-000500/     DeepSpeed's shards, one file set per rank, and COMPLETE
-    RUN_DIR/checkpoints/latest           name of the newest complete one
+    RUN_DIR/checkpoints/step-000500/           DeepSpeed's shards, one file set per rank, and COMPLETE
+    RUN_DIR/checkpoints/latest                 name of the newest complete one, for people
+    RUN_DIR/checkpoints/universal-step-000500/ made of it for another number of ranks; goes with the next checkpoint
+    RUN_DIR/checkpoints/damaged-step-000500/   one that was not what had been written; goes with the next checkpoint
 
-A checkpoint is written under a temporary name, synced, marked `COMPLETE` with the size of every file, renamed, and
-only then does `latest` point to it. (DeepSpeed's own `latest` is written before the other ranks are done.)
+A checkpoint is written under a temporary name, synced, marked `COMPLETE` with size and checksum of every file, and
+renamed. (DeepSpeed's own `latest` is written before the other ranks are done.) All of it is verified before it is
+loaded; one that is damaged is named, and the one before it is used.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from common.errors import UserError
-from common.files import sync, write_atomically
+from common.files import DamagedFile, damage, file_names, read_json, seal, sync, write_atomically, write_json
+from train.engine.weights_only import weights_only
 from train.process import distributed
 
 if TYPE_CHECKING:  # DeepSpeed takes seconds to import and evaluation has no need of it
@@ -30,6 +35,8 @@ if TYPE_CHECKING:  # DeepSpeed takes seconds to import and evaluation has no nee
 
 
 FOLDER = "checkpoints"
+COMPLETE = "COMPLETE"
+_REMEDY = "the checkpoint cannot be used"
 
 
 class CheckpointError(UserError):
@@ -69,7 +76,7 @@ def save(engine: Engine, run_dir: Path, progress: Progress, identity: dict[str, 
     """
     root = run_dir / FOLDER
     name = f"step-{progress.step:06d}"
-    if (root / name / "COMPLETE").exists():
+    if (root / name / COMPLETE).exists():  # resumed there, and no step since: `find` has taken a damaged one away
         return root / name
     temporary = f".{name}.writing"
     if distributed.rank() == 0:
@@ -94,27 +101,79 @@ def save(engine: Engine, run_dir: Path, progress: Progress, identity: dict[str, 
     if distributed.reduce([failed], engine.device, "max")[0]:
         detail = f": {reason}" if failed else " on another rank"
         raise CheckpointError(f"{root / name} could not be written{detail}; the earlier checkpoints are untouched")
+    names = file_names(root / temporary)
+    sealed: dict[str, Any] = {}
+    for part in distributed.gather(seal(root / temporary, names[distributed.rank() :: distributed.world_size()])):
+        sealed |= part
     if distributed.rank() == 0:
-        _publish(root, temporary, name, progress, identity)
+        record = {
+            "progress": asdict(progress),
+            "world_size": distributed.world_size(),
+            "identity": identity,
+            "files": sealed,
+        }
+        write_json(root / temporary / COMPLETE, record)
+        shutil.rmtree(root / name, ignore_errors=True)  # half deleted; a complete one was never written again
+        os.replace(root / temporary, root / name)
+        sync(root)
+        write_atomically(root / "latest", name + "\n")
         _prune(root, keep)
     distributed.barrier()
     return root / name
 
 
 def find(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None."""
+    """The newest checkpoint of a run that is what was written; None where there was never one. Collective.
+
+    Newer ones that are damaged are named once and moved aside.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none of them is sound.
+    """
     root = run_dir / FOLDER
-    complete = [p for p in sorted(root.glob("step-*")) if _is_complete(p)]
-    return complete[-1] if complete else None
+    found = [root / name for name in distributed.gather(sorted(p.name for p in root.glob("step-*")))[0]]
+    wrong: list[tuple[Path, str]] = []
+    for path in reversed(found):
+        if (problem := _damage(path)) is None:
+            break
+        wrong.append((path, problem))
+    else:
+        if wrong:
+            raise CheckpointError(
+                f"no checkpoint in {root} can be used: {'; '.join(f'{path.name}: {p}' for path, p in wrong)}. Restore "
+                "one, or remove that folder to start the run from its beginning"
+            )
+        return None
+    if distributed.rank() == 0:
+        for damaged, problem in wrong:
+            aside = damaged.with_name(f"damaged-{damaged.name}")
+            print(
+                f"warning: checkpoint {damaged}: {problem}; it is moved to {aside.name}, and {path.name} is used",
+                file=sys.stderr,
+                flush=True,
+            )
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(damaged, aside)
+    distributed.barrier()
+    return path
+
+
+def identity(run_dir: Path) -> tuple[Path | None, dict[str, str]]:
+    """The newest checkpoint that says what it belongs to, and that; its files are not looked at."""
+    for path in sorted((run_dir / FOLDER).glob("step-*"), reverse=True):
+        with suppress(DamagedFile, KeyError):
+            return path, read_json(path / COMPLETE, _REMEDY)["identity"]
+    return None, {}
 
 
 def load(engine: Engine, path: Path, identity: dict[str, str]) -> Progress:
-    """Restore the engine from a complete checkpoint. Collective.
+    """Restore the engine from a checkpoint that `find` gave. Collective.
 
     Raises:
         CheckpointError: it belongs to other data or models, or to another number of ranks.
+        UnsafeCheckpoint: one of its files holds more than tensors and plain containers.
     """
-    record = json.loads((path / "COMPLETE").read_text())
+    record = read_json(path / COMPLETE, _REMEDY)
     for key, value in identity.items():
         if record["identity"].get(key) != value:
             raise CheckpointError(
@@ -130,9 +189,10 @@ def load(engine: Engine, path: Path, identity: dict[str, str]) -> Progress:
         path = _reshard(path)
         engine.deepspeed._config.load_universal_checkpoint = True
     # ZeRO-3 checkpoints hold no frozen weights, so strict loading would refuse them all.
-    loaded, client_state = engine.deepspeed.load_checkpoint(
-        str(path.parent), tag=path.name, load_module_strict=engine.zero_stage != 3
-    )
+    with weights_only():
+        loaded, client_state = engine.deepspeed.load_checkpoint(
+            str(path.parent), tag=path.name, load_module_strict=engine.zero_stage != 3
+        )
     if loaded is None:
         raise CheckpointError(f"{path}: DeepSpeed could not read it")
     torch.set_rng_state(client_state["rng"]["torch"])
@@ -143,59 +203,51 @@ def load(engine: Engine, path: Path, identity: dict[str, str]) -> Progress:
 def _reshard(path: Path) -> Path:
     """Convert a checkpoint to DeepSpeed's universal form, which any number of ranks can read. Collective."""
     universal = path.with_name(f"universal-{path.name}")
-    if distributed.rank() == 0 and not universal.exists():
+    reason = ""
+    if distributed.rank() == 0:
         temporary = path.with_name(f".{universal.name}.writing")
-        shutil.rmtree(temporary, ignore_errors=True)
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
-        options = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
-        done = subprocess.run(
-            [*command, "--input_folder", str(path), "--output_folder", str(temporary), *options],
-            capture_output=True,
-            text=True,
-        )
+        for folder in (temporary, universal):
+            shutil.rmtree(folder, ignore_errors=True)
+        command = [sys.executable, "-m", "train.engine.weights_only", str(path.absolute()), str(temporary.absolute())]
+        code = Path(__file__).resolve().parents[2]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=code)
         if done.returncode == 0:
             os.replace(temporary, universal)
         else:
-            print(done.stderr[-2000:], file=sys.stderr)
-    distributed.barrier()
-    if not universal.exists():
-        raise CheckpointError(f"{path} could not be converted to {distributed.world_size()} ranks; see above")
+            # DeepSpeed's bars end no line.
+            said = re.findall(r"error: (.+)", done.stderr) or done.stderr.strip().splitlines()
+            reason = said[-1] if said else f"exit code {done.returncode}"
+            shutil.rmtree(temporary, ignore_errors=True)
+    if reason := distributed.gather(reason)[0]:
+        raise CheckpointError(f"{path} could not be converted to {distributed.world_size()} ranks: {reason}")
     return universal
 
 
-def _publish(root: Path, temporary: str, name: str, progress: Progress, identity: dict[str, str]) -> None:
-    folder = root / temporary
-    sizes = {}
-    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-        sync(file)
-        sizes[str(file.relative_to(folder))] = file.stat().st_size
-    record = {
-        "progress": asdict(progress),
-        "world_size": distributed.world_size(),
-        "identity": identity,
-        "files": sizes,
-    }
-    write_atomically(folder / "COMPLETE", json.dumps(record, indent=1))
-    shutil.rmtree(root / name, ignore_errors=True)  # half deleted or damaged; a complete one was never written again
-    os.replace(folder, root / name)
-    sync(root)
-    write_atomically(root / "latest", name + "\n")
-
-
-def _is_complete(path: Path) -> bool:
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, each rank looking at its share of the files; None: nothing. Collective."""
     try:
-        files: dict[str, Any] = json.loads((path / "COMPLETE").read_text())["files"]
-        return all((path / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
-        return False
+        files = read_json(path / COMPLETE, _REMEDY)["files"]
+        share = sorted(files)[distributed.rank() :: distributed.world_size()]
+        problem = damage(path, {name: files[name] for name in share})
+    except DamagedFile as error:
+        problem = str(error)
+    except (KeyError, TypeError, AttributeError):
+        problem = f"{COMPLETE} was written by another version of this program"
+    return next((found for found in distributed.gather(problem) if found), None)
 
 
 def _prune(root: Path, keep: int) -> None:
-    complete = [p for p in sorted(root.glob("step-*")) if _is_complete(p)]
+    """Remove what the newest checkpoint makes superfluous: older ones, damaged and half-written ones, conversions."""
+    complete = [p for p in sorted(root.glob("step-*")) if (p / COMPLETE).is_file()]
     for path in complete[:-keep]:
         # COMPLETE goes first: a checkpoint half deleted must not look whole.
-        (path / "COMPLETE").unlink()
-        shutil.rmtree(path)
+        (path / COMPLETE).unlink()
+    kept = complete[-keep:]
+    (root / "latest_universal").unlink(missing_ok=True)
+    for pattern in ("step-*", "universal-step-*", "damaged-step-*", ".*.writing"):
+        for path in root.glob(pattern):
+            if path not in kept:
+                shutil.rmtree(path)
 
 
 def _check_room(engine: Engine, root: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from common.files import sync
 from data_prep.store.pixels import load_preprocessor
 from model.config import ModelConfig
 from model.connectors import Connector
@@ -99,9 +100,11 @@ def export(
             template, images = config.data.template, VLoRAImageProcessor.of(load_preprocessor(config.vision))
             processor = VLoRAProcessor(images, tokenizer, template, chat_template(template, tokenizer))
             folders.write(temporary, described, connector, processor, folders.generation_config(processor))
+            folders.seal_folder(temporary)
             card.write(run_dir, temporary)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(temporary, folder)
+            sync(run_dir)
         except OSError as error:
             raise CheckpointError(f"export to {folder} failed ({error}); the checkpoints are untouched") from error
     distributed.barrier()
@@ -124,8 +127,13 @@ def exported_part(config: RunConfig, part: str) -> Path | None:
 
 
 def trained_part(run_dir: Path, part: str) -> Path | None:
-    """Folder of the trained `llm` or `vision` of a run, or None where that run kept the base model."""
+    """Folder of the trained `llm` or `vision` of a run, or None where that run kept the base model.
+
+    Raises:
+        DamagedFile: the export is not what was written.
+    """
     for folder in (run_dir / FOLDER / part, run_dir / part):
+        folders.verify(folder.parent)
         if folder.is_dir() and (folder / "config.json").is_file():
             return folder
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -18,7 +19,7 @@ from model.generator.placement import Site
 from model.generator.weights import PerceptualWeights
 from train.config import RunConfig
 from train.data import EvalLoader, TrainLoader
-from train.engine import checkpoint
+from train.engine import checkpoint, finite
 from train.engine.checkpoint import Progress
 from train.engine.engine import Engine
 from train.measure.flops import FlopCounter, peak_flops
@@ -69,6 +70,7 @@ class Loop:
         self.stop, self.tracker, self.flops, self.base_norms = stop, tracker, flops, base_norms
         self.on_samples = on_samples
         self.timer = StepTimer(engine.model, engine.device)
+        self._began = False
 
     def run(self) -> bool:
         """Train; True when the stage is finished, False when it stopped on request with a checkpoint written."""
@@ -145,6 +147,10 @@ class Loop:
         # A NaN on one rank must show, not the finite loss of rank 0.
         loss, positions, computed = distributed.reduce([loss_sum, positions, computed], device)
         loss /= targets
+        if not (self._began or math.isfinite(loss)):
+            cause = finite.explain(engine, batches, self.loader.samples(self.progress.step))
+            raise UserError(f"the first loss, of step {self.progress.step + 1}, is {loss}: {cause}")
+        self._began = True
         seconds = time.perf_counter() - started
 
         progress = self.progress

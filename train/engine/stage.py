@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import random
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
 
 from common.errors import UserError
+from common.files import write_json
 from data_prep.store.pixels import ImageInput
 from model.config import VisionConfig
 from model.connectors import FeatureNorm
@@ -38,6 +38,7 @@ from train.engine import checkpoint
 from train.engine.checkpoint import Progress
 from train.engine.engine import Engine, deepspeed_config, freeze
 from train.engine.export import export, exported_part, load_connector
+from train.engine.finite import bad_weights
 from train.engine.loop import Loop
 from train.measure import memory, samples
 from train.measure.flops import FlopCounter
@@ -78,6 +79,7 @@ def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: Stop
         gc.collect()
     image_tokens = memory.image_tokens(config)
     loader = TrainLoader(config.data, tokenizer, image, config.seed, rank, world, micro_steps, image_tokens)
+    loader.check_shared_memory(distributed.local_world_size())
     identity["data"] = loader.fingerprint
     total_steps = config.stage.steps or max(1, loader.batching.steps(config.stage.epochs or 0))
     questions = held_out = None
@@ -122,7 +124,7 @@ def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: Stop
             + (f", resumed at step {progress.step} from {found}" if found else ""),
             flush=True,
         )
-        (run_dir / "facts.json").write_text(json.dumps(facts, indent=1))
+        write_json(run_dir / "facts.json", facts)
         tracker = Tracker(config, run_dir, read_record(run_dir), progress.step, facts)
 
     def show_samples(step: int) -> None:
@@ -239,6 +241,9 @@ def _measure_features(
             raise UserError(f"{split.shard_of(position)}: sample {split[position].id}: {error}") from error
         with torch.no_grad():
             features = engine.model.encode(views.to(engine.device))
+        if not features.isfinite().all():
+            why = bad_weights(engine.model) or f"those of {split.shard_of(position)}: sample {split[position].id} are"
+            raise UserError(f"the vision encoder's features are not finite: {why}")
         if files:
             flat = features.double().flatten(0, 1).cpu()
             total += torch.stack([flat.sum(0), flat.square().sum(0)])

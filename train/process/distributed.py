@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -101,6 +102,15 @@ def reduce(values: Sequence[float], device: torch.device, op: str = "sum") -> li
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor, op=getattr(dist.ReduceOp, op.upper()))
     return tensor.tolist()
+
+
+def gather(value: Any) -> list[Any]:
+    """A small picklable value of every rank, in the order of ranks, on all of them."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def barrier() -> None:

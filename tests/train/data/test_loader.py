@@ -4,9 +4,11 @@ import io
 import logging
 import os
 import pickle
+import re
 import signal
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -499,3 +501,68 @@ def test_two_runs_make_the_feature_cache_at_once(root, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [first.folder.name] == [inner[0].folder.name]
     image = splits[1][9].images[0]
     assert torch.equal(first(image), plain(PIXELS(image))) and torch.equal(inner[0](image), first(image))
+
+
+@pytest.mark.parametrize("file", ["features.npy", "keys.npy", "checksums.npy", "meta.json"])
+@pytest.mark.parametrize("how", ["flip", "cut", "gone", "empty"])
+def test_a_damaged_feature_cache_is_named_and_made_anew(root, tmp_path, capsys, file, how):
+    splits, whole = [Split(root / "a"), Split(root / "b")], None
+
+    def encode(pixels):
+        return pixels.flatten(2).transpose(1, 2)[:, :5]
+
+    def cache():
+        return ensure_feature_cache(tmp_path, splits, PIXELS, encode, "v1", "float32")
+
+    images = [image for split in splits for sample in split for image in sample.images]
+    whole = cache()
+    victim = whole.folder / file
+    content = bytearray(victim.read_bytes())
+    content[-9] ^= 16
+    changed = {"flip": bytes(content), "cut": bytes(content[:-3]), "empty": b""}
+    victim.unlink() if how == "gone" else victim.write_bytes(changed[how])
+    try:
+        for image in images:
+            cache()(image)
+    except DataError as error:  # found when it is read: features of one image
+        assert re.search("feature cache .* is damaged.* made? .*anew|makes the cache anew", str(error))
+    again = cache()
+    said = capsys.readouterr().err
+    assert "warning: the feature cache is damaged and is made anew" in said
+    assert all(torch.equal(again(image), encode(PIXELS(image))) for image in images)
+
+
+def test_features_that_are_not_finite_name_the_sample(root, tmp_path):
+    with pytest.raises(DataError, match=r"features of \S+arrow: sample s\d+ are not finite"):
+        ensure_feature_cache(tmp_path, [Split(root / "a")], PIXELS, lambda p: p.flatten(2) / 0, "v1", "float32")
+
+
+def test_shared_memory_too_small_for_the_loader_is_said_before_it_starts(root, tokenizer, tmp_path, monkeypatch):
+    loader = TrainLoader(config(root, num_workers=3, prefetch=5), tokenizer, PIXELS)
+    loader.check_shared_memory(local_ranks=8)
+    monkeypatch.setattr("train.data.loader.shutil.disk_usage", lambda _: SimpleNamespace(free=64 * 2**10))
+    (batch,) = loader._steps[0].batches
+    need = 2 * 16 * sum(t.nbytes for t in vars(batch).values() if isinstance(t, torch.Tensor)) / 2**20
+    message = rf"/dev/shm has 0 MiB free, .* need {need:.0f} MiB: .*num_workers=3 x data.prefetch=5.*--shm-size"
+    with pytest.raises(DataError, match=message):
+        loader.check_shared_memory(local_ranks=2, folder="/dev/shm")
+    TrainLoader(config(root), tokenizer, PIXELS).check_shared_memory(local_ranks=2)  # no loader processes
+
+
+class Unsendable:
+    """A batch that cannot be handed over."""
+
+    def __reduce__(self):
+        raise OSError(28, "No space left on device")
+
+
+class BrokenSteps(torch.utils.data.Dataset):
+    def __getitem__(self, step):
+        return Unsendable()
+
+
+def test_a_batch_that_cannot_be_handed_over_ends_the_wait(root, tokenizer):
+    loader = TrainLoader(config(root, num_workers=1), tokenizer, PIXELS)
+    loader._steps = BrokenSteps()
+    with pytest.raises(DataError, match="DataLoader worker .* exited unexpectedly.*lower data.num_workers"):
+        next(loader)

@@ -1,0 +1,12 @@
+"""Text from data or from a user in a Markdown report: shown as it is, never read as Markdown or HTML."""
+
+from __future__ import annotations
+
+import html
+import re
+
+
+def plain(value: object) -> str:
+    """One line of text for a paragraph or a table cell."""
+    text = html.escape(" ".join(str(value).split()), quote=False)
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", text)
