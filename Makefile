@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: venv demo compare kernels sweep test test-slurm check clean
+.PHONY: venv demo compare kernels sweep test chaos test-slurm check clean
 
 venv: $(VENV)/.installed          ## the environment alone
 
@@ -21,6 +21,9 @@ test: $(VENV)/.test-installed     ## all tests
 	$(BIN)/python -m data_prep source=easy_vqa
 	$(BIN)/python -m data_prep.parts.tiny_llm
 	$(BIN)/python -m pytest -m "not slurm" $(ARGS)
+
+chaos: $(VENV)/.test-installed    ## kills, damage and a long run (ARGS="kills --count 200 --seed 0", "damage", "soak")
+	$(BIN)/python -m tests.chaos $(or $(ARGS),kills)
 
 # Needs Debian's packages slurmctld slurmd slurm-client munge; starts a cluster of two nodes on this machine.
 # ARGS="-m 'slurm and not slow'": the quick part, which CI runs too.

@@ -50,7 +50,10 @@ def parse_options(schema: type, arguments: list[str], doc: str | None = None) ->
             raise ConfigError(f"{key} is given twice")
         given[key] = _read(key, text, known[key])
     try:
-        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
+        tree = OmegaConf.structured(schema)
+        for key, value in given.items():
+            OmegaConf.update(tree, key, value)
+        options = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
         raise explain(error, list(known)) from error
     settings.check(options)

@@ -22,8 +22,10 @@ def main() -> int:
         settings.workers,
         progress=sys.stderr.isatty(),
     )
-    for split in result.made:
-        report.write(folder / split)
+    for split in result.manifests:
+        # Also where a process was killed between manifest and report.
+        if split in result.made or not (folder / split / report.REPORT).is_file():
+            report.write(folder / split)
     for split, manifest in result.manifests.items():
         state = "made" if split in result.made else "up to date"
         dropped = sum(manifest.dropped.values())

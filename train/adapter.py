@@ -7,7 +7,7 @@ Prints what merging them into the run's LLM would lose by rounding, then writes 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from model.connectors import connector_class
 from model.deploy.adapter import save_adapter
 from model.deploy.merging import merged
 from train import config as configuration
-from train.config import ConfigError
+from train.config import ConfigError, MovedTo
 from train.data import load_preprocessor
 from train.engine.export import trained_part
 from train.evaluate import load_model
@@ -34,19 +34,22 @@ class Options:
         image: An image file.
         out: Folder of the adapter.
         types: What to write; null: everything placed.
+        llm, vision: `llm.path=...`, `vision.path=...`: where the run's base models are now, if they have moved.
     """
 
     run: str = "???"
     image: str = "???"
     out: str = "???"
     types: str | None = None
+    llm: MovedTo = field(default_factory=MovedTo)
+    vision: MovedTo = field(default_factory=MovedTo)
 
 
 def main() -> int:
     """Write one adapter."""
     options: Options = configuration.parse_options(Options, sys.argv[1:])
     run = Path(options.run)
-    config = configuration.load(run / "config.yaml")
+    config = configuration.load(run / "config.yaml", options.llm, options.vision)
     if not connector_class(config.model).makes_weights:
         raise ConfigError(f"{run} has connector={config.connector.name}, which makes no weights; take a run of vlora")
     types = None if options.types is None else parse_types(options.types)

@@ -10,12 +10,12 @@ says which link failed and why. Both stages are composed and checked here, befor
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 from common.errors import UserError, run_cli
+from common.files import read_json, write_json
 from train.cluster import slurm
 
 LINKS = ("prepare", "pretrain", "finetune", "evaluate")
@@ -52,7 +52,7 @@ def submit(arguments: argparse.Namespace) -> dict[str, str]:
     def link(name: str, script: str, words: list[str], **extra: object) -> None:
         after = {"dependency": f"afterok:{list(jobs.values())[-1]}", "kill-on-invalid-dep": "yes"} if jobs else {}
         jobs[name] = slurm.submit(slurm.command(script, words, {"job-name": f"{folder.name}-{name}", **after, **extra}))
-        (folder / RECORD).write_text(json.dumps(jobs, indent=1) + "\n")
+        write_json(folder / RECORD, jobs)
 
     if arguments.source:
         link("prepare", "data_prep.sbatch", [f"source={arguments.source}"], **arguments.prepare_options)
@@ -64,10 +64,9 @@ def submit(arguments: argparse.Namespace) -> dict[str, str]:
 
 def status(folder: Path) -> str:
     """One line per link, and the reason when the chain has stopped."""
-    try:
-        jobs: dict[str, str] = json.loads((folder / RECORD).read_text())
-    except OSError as error:
-        raise UserError(f"{folder} holds no chain ({error})") from error
+    if not (folder / RECORD).exists():
+        raise UserError(f"{folder} holds no chain (no {RECORD})")
+    jobs: dict[str, str] = read_json(folder / RECORD, "remove it and submit the chain again")
     lines, stopped = [], None
     for name, job in jobs.items():
         run = folder / name

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common.errors import run_cli
-from common.files import write_atomically
+from common.files import write_atomically, write_json
 from data_prep.store.errors import DataError
 from data_prep.store.split import Split
 from model.generation import answers
@@ -32,7 +32,7 @@ from model.loading import fingerprint, load_tokenizer
 from model.ops import set_backend, set_merge
 from model.vlm import VisionLanguageModel, build_model
 from train import config as configuration
-from train.config import DTYPES, ConfigError, RunConfig
+from train.config import DTYPES, ConfigError, MovedTo, RunConfig
 from train.data import EvalLoader, load_preprocessor, make_text, open_split, open_train_split
 from train.engine.export import FOLDER, load_connector, trained_part
 from train.measure import card, scoring
@@ -52,6 +52,7 @@ class Options:
         batch_size: Questions per batch.
         max_new_tokens: Longest answer.
         seed: Of the subset and of the shuffle.
+        llm, vision: `llm.path=...`, `vision.path=...`: where the run's base models are now, if they have moved.
     """
 
     run: str = "???"
@@ -61,6 +62,8 @@ class Options:
     batch_size: int | None = None
     max_new_tokens: int | None = None
     seed: int = 0
+    llm: MovedTo = field(default_factory=MovedTo)
+    vision: MovedTo = field(default_factory=MovedTo)
 
 
 def parse(arguments: list[str]) -> Options:
@@ -129,7 +132,7 @@ def main() -> int:
     """Evaluate one run."""
     options = parse(sys.argv[1:])
     run = Path(options.run)
-    config = configuration.load(run / "config.yaml")
+    config = configuration.load(run / "config.yaml", options.llm, options.vision)
     limit = options.max_samples or config.evaluation.max_samples
     if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1:
         device = distributed.init(config.engine.timeout_minutes)
@@ -199,7 +202,7 @@ def _write(
         "accuracy": scoring.as_dict(result),
         "blind_floor": scoring.as_dict(floor),
     }
-    write_atomically(folder / f"{name}.json", json.dumps(summary, indent=1))
+    write_json(folder / f"{name}.json", summary)
     if (run / FOLDER / "config.json").is_file():
         card.write(run, run / FOLDER)
     print(f"{run}: {len(records)} of {summary['available']} {options.split} questions, images: {options.images}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +19,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from common.errors import UserError, run_cli
+from common.files import read_json, write_atomically
+from common.markdown import plain
 from train import config as configuration
 from train.cluster import slurm, sweep
 from train.measure.tracking import read_metrics, start_wandb
@@ -43,7 +44,7 @@ _FIGURES = {"accuracy": "accuracy, %", "loss": "loss, mean of the last 10 steps"
 def collect(folder: Path) -> list[dict[str, Any]]:
     """One row per point of the sweep, `_COLUMNS` as keys; what is not known is None."""
     jobs = folder / sweep.JOBS
-    array = json.loads(jobs.read_text()).get("train") if jobs.exists() else None
+    array = read_json(jobs, "remove it").get("train") if jobs.exists() else None
     queued = slurm.states(array) if array else {}
     return [
         _row(folder / str(index), index, overrides, queued.get(f"{array}_{index}"))
@@ -69,7 +70,7 @@ def _row(run: Path, index: int, overrides: list[str], queued: str | None) -> dic
         }
     score = run / "evaluation/test-real.json"
     if score.exists():
-        row["accuracy"] = json.loads(score.read_text())["accuracy"]["overall"]["percent"]
+        row["accuracy"] = read_json(score, "evaluate the point again")["accuracy"]["overall"]["percent"]
     return row
 
 
@@ -111,23 +112,23 @@ def write(folder: Path, rows: list[dict[str, Any]]) -> Path:
     keys = varied(rows)
     states = [row["state"] for row in rows]
     counts = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
-    lines = [f"# Sweep {folder.name}", "", f"{len(rows)} points: {counts}.", ""]
+    lines = [f"# Sweep {plain(folder.name)}", "", f"{len(rows)} points: {counts}.", ""]
     head = ["point", *keys, "state", "step", "loss", "accuracy %", "samples/s"]
-    lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    lines += ["| " + " | ".join(map(plain, head)) + " |", "|" + " --- |" * len(head)]
     for row in rows:
         values = dict(o.lstrip("+").partition("=")[::2] for o in row["overrides"])
         cells = [row["point"], *(values.get(k) for k in keys), row["state"], row["step"]]
         figures = [_number(row["loss"], 4), _number(row["accuracy"], 1), _number(row["samples_per_s"], 2)]
-        lines.append("| " + " | ".join("" if c is None else str(c) for c in [*cells, *figures]) + " |")
+        lines.append("| " + " | ".join("" if c is None else plain(c) for c in [*cells, *figures]) + " |")
     failed = [row for row in rows if row["why"]]
     if failed:
         lines += ["", "## Failed", ""]
-        lines += [f"- {row['point']} ({' '.join(row['overrides'])}): {row['why']}" for row in failed]
+        lines += [f"- {row['point']} ({plain(' '.join(row['overrides']))}): {plain(row['why'])}" for row in failed]
     for name in _FIGURES:
         if _plot(rows, name, folder / f"{_file(name)}.png"):
             lines += ["", f"![{_FIGURES[name]}]({_file(name)}.png)"]
     path = folder / "report.md"
-    path.write_text("\n".join(lines) + "\n")
+    write_atomically(path, "\n".join(lines) + "\n")
     return path
 
 

@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+from common.files import write_atomically
 from train.process.signals import StopRequest
 
 
@@ -28,7 +29,7 @@ def run(path: Path) -> int:
     try:
         finished = run_stage(config, path, device, stop)
         if distributed.rank() == 0:
-            (path / ("DONE" if finished else "STOPPED")).write_text(f"{stop.reason or 'finished'}\n")
+            write_atomically(path / ("DONE" if finished else "STOPPED"), f"{stop.reason or 'finished'}\n")
         distributed.barrier()
     finally:
         distributed.shutdown()

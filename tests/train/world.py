@@ -153,6 +153,10 @@ def _run(module: str, arguments: list[str], environment: dict[str, str], out: Pa
     os.environ |= environment
     for descriptor, name in ((1, out), (2, err)):
         os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND | os.O_CREAT), descriptor)
+    if plan := environment.get("CHAOS"):  # where this process or one of its ranks is to be killed
+        from tests.chaos import points
+
+        points.arm(json.loads(plan))
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

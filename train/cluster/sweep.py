@@ -31,6 +31,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from common.errors import UserError
+from common.files import DamagedFile, read_text, write_atomically, write_json
 from train.cluster import slurm
 
 MANIFEST = "manifest.jsonl"
@@ -50,8 +51,9 @@ def enter(composed: DictConfig) -> DictConfig:
     OmegaConf.update(composed, "run_dir", str(folder / str(hydra.job.num)), force_add=True)
     ours = ("launch.mode=", "launch.workers=")
     overrides = [o for o in hydra.overrides.task if not o.startswith(ours)]
-    with (folder / MANIFEST).open("a") as stream:
-        stream.write(json.dumps({"index": hydra.job.num, "overrides": overrides}) + "\n")
+    lines = read_text(folder / MANIFEST, "remove it") if (folder / MANIFEST).exists() else ""
+    point = json.dumps({"index": hydra.job.num, "overrides": overrides})
+    write_atomically(folder / MANIFEST, f"{lines}{point}\n")
     return composed
 
 
@@ -61,12 +63,18 @@ def points(folder: Path) -> dict[int, list[str]]:
     Raises:
         UserError: not a sweep's folder.
     """
-    try:
-        lines = (folder / MANIFEST).read_text().splitlines()
-    except OSError as error:
-        raise UserError(f"{folder} is not the folder of a sweep ({error})") from error
-    records = [json.loads(line) for line in lines]
-    return dict(sorted((r["index"], r["overrides"]) for r in records))
+    file = folder / MANIFEST
+    if not file.exists():
+        raise UserError(f"{folder} is not the folder of a sweep (no {MANIFEST})")
+    remedy = "restore it, or submit the sweep again: finished points are kept"
+    found = {}
+    for number, line in enumerate(read_text(file, remedy).splitlines(), 1):
+        try:
+            record = json.loads(line)
+            found[int(record["index"])] = [str(o) for o in record["overrides"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DamagedFile(f"{file}, line {number}, is no point of a sweep; {remedy}") from error
+    return dict(sorted(found.items()))
 
 
 @dataclass
@@ -139,7 +147,7 @@ class SlurmLauncher(BasicLauncher):
             commands[name] = self._command(f"{stage}.sbatch", points_of, array, list(commands), self.options)
         if self.evaluate and OmegaConf.select(self.config, "data.test"):
             commands["evaluate"] = self._command("evaluate.sbatch", points_of, array, list(commands), None)
-        (folder / "submit.txt").write_text("".join(shlex.join(c) + "\n" for c in commands.values()))
+        write_atomically(folder / "submit.txt", "".join(shlex.join(c) + "\n" for c in commands.values()))
         if not self.submit:
             print(f"{len(job_overrides)} points prepared in {folder}, nothing submitted (hydra.launcher.submit=false)")
             return results
@@ -148,10 +156,10 @@ class SlurmLauncher(BasicLauncher):
             jobs[name] = slurm.submit(
                 [word.format(**jobs) if word.startswith("--dependency") else word for word in words]
             )
-            (folder / JOBS).write_text(json.dumps(jobs) + "\n")
+            write_json(folder / JOBS, jobs)
         if self.finetune:
             ours = {"train": jobs["finetune"]} | {name: job for name, job in jobs.items() if name == "evaluate"}
-            (folder / "finetune" / JOBS).write_text(json.dumps(ours) + "\n")
+            write_json(folder / "finetune" / JOBS, ours)
         arrays = ", ".join(f"{name} {job}" for name, job in jobs.items())
         print(
             f"{len(job_overrides)} points submitted as job arrays: {arrays}\n"

@@ -5,6 +5,7 @@ Workers read the resolved file and know no Hydra.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -16,12 +17,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from common import options, settings
 from common.errors import ConfigError
-from common.files import write_atomically
+from common.files import DamagedFile, read_text, text_checksum, write_atomically
 from train.config import presets
 from train.config.check import validate
 from train.config.models import located
 from train.config.schema import RunConfig
 
+_CHECKSUM = "# checksum: "
 # The schema is the first entry of conf/config.yaml's defaults, so every key can be set on the command line, typed.
 ConfigStore.instance().store("schema", node=RunConfig)
 presets.register()
@@ -57,41 +59,63 @@ def schema_keys(schema: type = RunConfig) -> list[str]:
 
 
 def save(config: RunConfig, path: Path) -> None:
-    """Write the resolved configuration as YAML, whole or not at all."""
-    write_atomically(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
+    """Write the resolved configuration as YAML, atomically; its last line is its checksum."""
+    text = OmegaConf.to_yaml(OmegaConf.structured(config))
+    write_atomically(path, f"{text}{_CHECKSUM}{text_checksum(text)}\n")
 
 
-def read(path: Path) -> RunConfig:
+@dataclass
+class MovedTo:
+    """Where a run's base model is now.
+
+    Attributes:
+        path: Its folder or name; null: where the run found it. It must be the same model, which its fingerprint tells.
+    """
+
+    path: str | None = None
+
+
+def read(path: Path, llm: MovedTo | None = None, vision: MovedTo | None = None) -> RunConfig:
     """Read what `save` wrote, as it was given on the command line.
 
+    Args:
+        path: The file.
+        llm, vision: Where the base models are, if they have moved.
+
     Raises:
-        ConfigError: no such file, a damaged one, or not a run configuration of this version.
+        ConfigError: no such file, or not a run configuration of this version.
+        DamagedFile: it is not what was written.
     """
-    if not path.is_file():
-        what = "a folder" if path.is_dir() else "no such file"
-        raise ConfigError(f"{path}: {what}; is this a run directory?")
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file; is this a run directory?")
+    remedy = "restore it, or remove it: started again with its own overrides the run writes it anew"
+    text, mark, written = read_text(path, remedy).rpartition(_CHECKSUM)
+    if not mark:
+        raise DamagedFile(f"{path} is damaged: its last line, the checksum, is missing; {remedy}")
+    if written.strip() != text_checksum(text):
+        raise DamagedFile(f"{path} is damaged: it is not what was written (checksum); {remedy}")
+    if "${" in text:  # what `save` writes is resolved; this would read the environment of whoever runs it
+        raise DamagedFile(f"{path} refers to something outside it (${{...}}), which this program writes not; {remedy}")
     try:
-        tree = options.load_yaml(path.read_text(encoding="utf-8"))
-        if not isinstance(tree, DictConfig) or not tree:
-            raise ConfigError("empty" if not tree else "not a mapping of keys")
-    except (ConfigError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{path} is damaged ({error}); restore it, or give the run's command again (it stands in "
-            f"{path.with_name('run.json')}) with another run_dir"
-        ) from error
-    try:
-        return resolve(tree)
+        config = resolve(options.load_yaml(text))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    config.llm.path = (llm and llm.path) or config.llm.path
+    config.vision.path = (vision and vision.path) or config.vision.path
+    return config
 
 
-def load(path: Path) -> RunConfig:
+def load(path: Path, llm: MovedTo | None = None, vision: MovedTo | None = None) -> RunConfig:
     """Read what `save` wrote, with the folders that its models have on this machine.
 
+    Args:
+        path: The file.
+        llm, vision: Where the base models are, if they have moved.
+
     Raises:
-        ConfigError: as `read`.
+        ConfigError, DamagedFile: as `read`.
     """
-    return located(read(path))
+    return located(read(path, llm, vision))
 
 
 def compose_overrides(overrides: list[str]) -> DictConfig:

@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from PIL import Image
 
+from common.files import read_json, write_atomically
 from train.measure.tracking import read_metrics
 from train.process.run_dir import read_record
 
@@ -31,7 +32,7 @@ def stage_figures(run: Path) -> dict[str, Any]:
         values = sorted(r[key] for r in steady if key in r)
         return values[len(values) // 2] if values else 0.0
 
-    facts = json.loads((run / "facts.json").read_text())
+    facts = read_json(run / "facts.json", "start the run again, which writes it anew")
     return {
         "world_size": facts["world_size"],
         "zero_stage": facts["zero_stage"],
@@ -136,7 +137,7 @@ def varied(predictions: list[dict[str, Any]], count: int) -> list[dict[str, Any]
 
 def write(out: Path, summary: dict[str, Any]) -> Path:
     """Write `summary.json` and `report.md` in `out`; the pictures stand there already."""
-    (out / "summary.json").write_text(json.dumps(summary, indent=1))
+    write_atomically(out / "summary.json", json.dumps(summary, indent=1))
     lines = ["# VLoRA on easy-VQA", ""]
     evaluation = next(iter(summary["connectors"].values()))["evaluation"]["real"]
     lines += [
@@ -194,7 +195,7 @@ def write(out: Path, summary: dict[str, Any]) -> Path:
         lines.append("vision time is zero; the first stage pays for the cache.")
     versions = ", ".join(f"{k} {v}" for k, v in summary["versions"].items())
     lines += ["", f"Commit {summary['git_commit']}; {versions}.", ""]
-    (out / "report.md").write_text("\n".join(lines))
+    write_atomically(out / "report.md", "\n".join(lines))
     return out / "report.md"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from common.files import write_atomically
 from model.generation import answers
 from train.config import RunConfig
 from train.data import EvalLoader
@@ -41,7 +42,7 @@ def write(run_dir: Path, step: int, rows: list[dict[str, Any]], tracker: Tracker
     folder = run_dir / "samples"
     folder.mkdir(exist_ok=True)
     lines = [json.dumps({k: v for k, v in row.items() if k != "images"}) for row in rows]
-    (folder / f"step-{step:06d}.jsonl").write_text("\n".join(lines) + "\n")
+    write_atomically(folder / f"step-{step:06d}.jsonl", "\n".join(lines) + "\n")
     cells = [
         [
             Image.open(io.BytesIO(row["images"][0])).convert("RGB") if row["images"] else None,

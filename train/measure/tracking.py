@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from common.files import write_atomically
+from common.files import DamagedFile, read_text, write_atomically
 from train.config import RunConfig, TrackingConfig
 
 METRICS = "metrics.jsonl"
+_REMEDY = "restore it, or remove it: the run does not need it, only its report does"
 
 
 class Tracker:
@@ -75,9 +77,33 @@ class Tracker:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All records of a run, in order; [] when there are none yet."""
+    """All records of a run, in order; [] when there are none yet. A torn last line, still being written, is left out.
+
+    Raises:
+        DamagedFile: the file is no text, or another line is no record.
+    """
     path = run_dir / METRICS
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    records, bad = _read(path)
+    if bad:
+        raise DamagedFile(f"{path}, line {bad[0]}, is no record; {_REMEDY}")
+    return records
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """Records, and the numbers of the lines that are none; a torn last line is neither."""
+    if not path.exists() or (path.is_file() and not path.stat().st_size):
+        return [], []
+    records, bad = [], []
+    lines = read_text(path, _REMEDY).split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            record["step"] + 0
+            records.append(record)
+        except (ValueError, KeyError, TypeError):
+            if line and number < len(lines):
+                bad.append(number)
+    return records, bad
 
 
 def start_wandb(tracking: TrackingConfig, folder: Path, name: str, **options: Any) -> Any:
@@ -88,6 +114,9 @@ def start_wandb(tracking: TrackingConfig, folder: Path, name: str, **options: An
         options: Further ones of `wandb.init`.
     """
     os.environ.setdefault("WANDB_SILENT", "true")
+    # Its own place for files still to be sent is the home folder, which a node may not be able to write.
+    os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb" / "data"))
+    os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "wandb" / "cache"))
     import wandb
 
     mode: Any = tracking.wandb
@@ -105,13 +134,12 @@ def start_wandb(tracking: TrackingConfig, folder: Path, name: str, **options: An
 
 def _drop_after(path: Path, step: int) -> None:
     """Keep the records up to `step`; a torn last line (the machine died while writing) goes too."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except ValueError:
-            continue
-    write_atomically(path, "".join(f"{line}\n" for line in kept))
+    records, bad = _read(path)
+    if bad:
+        print(f"warning: {path}: {len(bad)} lines, first {bad[0]}, are no records and are taken out", file=sys.stderr)
+    # What was measured after that step, a validation loss, is measured again.
+    kept = [record for record in records if record["step"] < step + ("loss" in record)]
+    if step and not kept:
+        print(f"warning: {path} has no record of the steps before {step}; it was lost or emptied", file=sys.stderr)
+    if path.exists():
+        write_atomically(path, "".join(f"{json.dumps(record)}\n" for record in kept))

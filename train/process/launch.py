@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 from torch.distributed import TCPStore
 
 from common.errors import UserError, report_errors
+from common.files import write_atomically
 from train import worker
 from train.config import RunConfig
 
@@ -54,7 +55,10 @@ def local(config: RunConfig, run_dir: Path) -> bool:
         (run_dir / marker).unlink(missing_ok=True)
     # Held here, so that its port is taken when the workers learn of it.
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    with tempfile.TemporaryDirectory() as errors:
+    errors = run_dir / ".errors"  # here, where it is found and removed after a front end that was killed
+    shutil.rmtree(errors, ignore_errors=True)
+    errors.mkdir()
+    try:
         environment = {
             "WORLD_SIZE": str(workers),
             "LOCAL_WORLD_SIZE": str(workers),
@@ -65,17 +69,20 @@ def local(config: RunConfig, run_dir: Path) -> bool:
             "TOKENIZERS_PARALLELISM": "false",
         }
         try:
-            _run_workers(workers, run_dir, environment, errors)
+            _run_workers(workers, run_dir, environment, str(errors))
         except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
             # A rank that only lost the one with something to say may have ended before it.
-            if said := sorted(Path(errors).iterdir()):
-                raise UserError(json.loads(said[0].read_text())["user_error"]) from error
+            for said in sorted(errors.iterdir()):
+                with suppress(ValueError, KeyError):  # cut, where the rank was killed while it wrote
+                    raise UserError(json.loads(said.read_text())["user_error"]) from error
             end = "raised the error above"
             if isinstance(error, mp.ProcessExitedException):
                 end = f"ended with {error.signal_name or f'exit code {error.exit_code}'}; its output stands above"
             else:
                 print(error, file=sys.stderr)
             raise UserError(f"the run in {run_dir} failed: rank {error.error_index} {end}") from error
+    finally:
+        shutil.rmtree(errors, ignore_errors=True)
     return (run_dir / "DONE").exists()
 
 
@@ -97,7 +104,7 @@ def _run_workers(workers: int, run_dir: Path, environment: dict[str, str], error
 
     def pass_on(number: int, frame: object) -> None:
         # For a worker that is not ready to take the signal: it ignores what this process ignored when it was started.
-        (run_dir / "STOP").write_text(signal.Signals(number).name)
+        write_atomically(run_dir / "STOP", signal.Signals(number).name)
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, _PASSED_ON[signal.Signals(number)])

@@ -11,27 +11,38 @@ DONE             the stage has finished and its export is written
 
 from __future__ import annotations
 
-import json
+import math
+import os
 import secrets
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
+from common.files import DamagedFile, read_json, write_atomically, write_json
+from model.loading import fingerprint
 from train import config as configuration
 from train.config import RunConfig
 
+CONFIG = "config.yaml"
 _CODE = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "hydra-core", "wandb", "safetensors", "triton")
 # Where and how a run is executed may change between its lifetimes; what it computes may not.
 _MAY_CHANGE = {
     "launch", "tracking", "checkpoint", "evaluation", "run_dir", "output_root", "cache_dir", "check",
     "data.root", "data.num_workers", "data.prefetch", "data.on_corrupt_shard",
+    "llm.path", "vision.path",  # compared by fingerprint
+    "engine.micro_batch_size", "engine.gradient_checkpointing", "engine.memory_gib", "engine.timeout_minutes",
 }  # fmt: skip
+_RECORD = "run.json"
+# What a directory may hold whose making was cut short.
+_BEGUN = {_RECORD, "git.diff"}
 
 
 def create(config: RunConfig) -> Path:
@@ -44,14 +55,33 @@ def create(config: RunConfig) -> Path:
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         name = f"{stamp}-{config.stage.name}-{config.connector.name}-{secrets.token_hex(2)}"
         config.run_dir = str(Path(config.output_root) / name)
+    _make_absolute(config)
     path = Path(config.run_dir)
-    if (path / "config.yaml").exists():
-        _require_same(configuration.read(path / "config.yaml"), config, path)
-        configuration.save(config, path / "config.yaml")
+    if (path / CONFIG).exists():
+        if not (path / _RECORD).exists():
+            print(f"warning: {path / _RECORD} was missing; the run gets a new id", file=sys.stderr)
+            _write_record(path, config)
+        record = read_record(path)
+        old = configuration.read(path / CONFIG)
+        _require_same(old, config, path)
+        _require_same_models(old, config, record.get("models", {}))
+        configuration.save(config, path / CONFIG)
+        if (old.stage.steps, old.stage.epochs) != (config.stage.steps, config.stage.epochs):
+            (path / "DONE").unlink(missing_ok=True)  # it is longer now
         return path
-    if path.exists() and any(path.iterdir()):
+    names = {p.name for p in path.iterdir() if not p.name.startswith(".")} if path.exists() else set()
+    if _RECORD in names and names - _BEGUN:
+        print(f"warning: {path / CONFIG} was missing; it is written anew from this command line", file=sys.stderr)
+    elif names - _BEGUN:
         raise UserError(f"run_dir={path} exists and is no run directory; choose another")
     path.mkdir(parents=True, exist_ok=True)
+    if not (path / _RECORD).exists():
+        _write_record(path, config)
+    configuration.save(config, path / CONFIG)
+    return path
+
+
+def _write_record(path: Path, config: RunConfig) -> None:
     commit, diff = git_state()
     record = {
         "id": secrets.token_hex(4),
@@ -61,23 +91,85 @@ def create(config: RunConfig) -> Path:
         "git_dirty": bool(diff),
         "created": time.time(),
         "versions": versions(),
+        "models": _models(config),
     }
     if diff:
-        (path / "git.diff").write_text(diff)
-    (path / "run.json").write_text(json.dumps(record, indent=1))
-    configuration.save(config, path / "config.yaml")
-    return path
+        write_atomically(path / "git.diff", diff)
+    write_json(path / _RECORD, record)
+
+
+def _make_absolute(config: RunConfig) -> None:
+    """A run works from every folder: its paths are absolute. Names on the hub stay as they are."""
+    for part in (config.llm, config.vision):
+        if part.path.startswith((".", "/", "~")) or Path(part.path).is_dir():
+            part.path = _absolute(part.path)
+    config.data.root, config.cache_dir = _absolute(config.data.root), _absolute(config.cache_dir)
+    config.output_root = _absolute(config.output_root)
+    if config.init_from is not None:
+        config.init_from = _absolute(config.init_from)
+    if config.run_dir is not None:
+        config.run_dir = _absolute(config.run_dir)
+
+
+def _absolute(path: str) -> str:
+    # As the user names it: links are not followed, a file system may be mounted elsewhere tomorrow.
+    return os.path.abspath(Path(path).expanduser())
+
+
+def _models(config: RunConfig) -> dict[str, str]:
+    """Fingerprints of the base models that are here; on a cluster they may be on the nodes only."""
+    found = {}
+    here = configuration.located(config)
+    for name, part in (("llm", here.llm), ("vision", here.vision)):
+        with suppress(ValueError, OSError):
+            found[name] = fingerprint(str(part.path))
+    return found
+
+
+def _require_same_models(old: RunConfig, new: RunConfig, known: dict[str, str]) -> None:
+    """A model may have moved; it must still be the same one. (Every checkpoint says so too, when it is loaded.)"""
+    new = configuration.located(new)
+    for name, before, after in (("llm", old.llm.path, new.llm.path), ("vision", old.vision.path, new.vision.path)):
+        if before != after and name in known and (seen := fingerprint(after)) != known[name]:
+            raise UserError(
+                f"{name}.path={after} is another model (fingerprint {seen}) than the run began with ({known[name]}, "
+                f"from {before}); name the folder that one has moved to, or another run_dir for a new run"
+            )
 
 
 def _require_same(old: RunConfig, new: RunConfig, path: Path) -> None:
     before, after = asdict(old), asdict(new)
-    for key in _flat(after) | _flat(before):
+    for key in sorted(_flat(after) | _flat(before)):
         fixed = _MAY_CHANGE.isdisjoint((key, key.split(".")[0]))
-        if fixed and _at(before, key) != _at(after, key):
-            raise UserError(
-                f"run_dir={path} holds a run with {key}={_at(before, key)}, now it is {_at(after, key)}; "
-                "give the same value to continue it, or another run_dir for a new run"
-            )
+        if not fixed or _at(before, key) == _at(after, key):
+            continue
+        if key in ("stage.steps", "stage.epochs"):
+            _require_extension(old, new, path, key)
+            continue
+        raise UserError(
+            f"run_dir={path} holds a run with {key}={_at(before, key)}, now it is {_at(after, key)}; "
+            "give the same value to continue it, or another run_dir for a new run"
+        )
+
+
+def _require_extension(old: RunConfig, new: RunConfig, path: Path, key: str) -> None:
+    """A run may become longer where its steps so far are those of the longer run, learning rates included."""
+    before, after = getattr(old.stage, key.split(".")[1]), getattr(new.stage, key.split(".")[1])
+    what = f"run_dir={path} holds a run with {key}={before}, now it is {after}"
+    if before is None or after is None or after < before:
+        raise UserError(f"{what}: a run can only become longer; give the same value, or another run_dir")
+    if new.optim.schedule != "constant":
+        raise UserError(
+            f"{what}: with optim.schedule={new.optim.schedule} the learning rate of every step depends on the length, "
+            "so it cannot be extended (optim.schedule=constant without warm-up can); a new run with another run_dir "
+            f"and init_from={path} builds on its weights"
+        )
+    ratio = new.optim.warmup_ratio
+    if ratio and (key == "stage.epochs" or math.ceil(ratio * before) != math.ceil(ratio * after)):
+        raise UserError(
+            f"{what}: optim.warmup_ratio={ratio} makes the warm-up longer too, so the run cannot be extended; start a "
+            f"new one with another run_dir (init_from={path} builds on its weights)"
+        )
 
 
 def _flat(tree: dict, prefix: str = "") -> set[str]:
@@ -94,16 +186,15 @@ def _at(tree: dict, key: str) -> object:
     return value
 
 
-def read_record(path: Path) -> dict:
+def read_record(path: Path) -> dict[str, Any]:
     """`run.json`.
 
     Raises:
-        UserError: not a run directory.
+        DamagedFile: not a run directory, or the file is damaged.
     """
-    try:
-        return json.loads((path / "run.json").read_text())
-    except OSError as error:
-        raise UserError(f"{path} is not a run directory ({error})") from error
+    if not (path / _RECORD).exists() and not (path / CONFIG).exists():
+        raise DamagedFile(f"{path} is not a run directory (no {_RECORD})")
+    return read_json(path / _RECORD, "remove it, and the run gets a new id at its next start")
 
 
 def git_state() -> tuple[str | None, str]:

@@ -1,0 +1,107 @@
+"""`python -m tests.chaos kills|damage|soak`: the bench for what goes wrong. Prints every case and a summary.
+
+    python -m tests.chaos kills --count 200 --seed 0      # random kills, three in a row in each run
+    python -m tests.chaos damage                          # the whole matrix; --sample 40 for a part of it
+    python -m tests.chaos soak --steps 5000 --kills 2
+
+The exit code is 1 when anything diverged. `--only` repeats cases: a number of `kills`, or a piece of a damage's name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from tests.chaos import damage, kills, soak
+from tests.train import world
+
+
+def run_kills(options: argparse.Namespace, folder: Path) -> int:
+    """Random kills, a few in a row per run, three runs of training for one of data preparation."""
+    home = folder / "world"
+    if not (home / "llm").exists():
+        world.make(home)
+    began = time.monotonic()
+    kills.reference(home, "pretrain")
+    duration = time.monotonic() - began + 2
+    landed = wrong = runs = planned = 0
+    while planned < options.count:
+        dice, number = random.Random(f"{options.seed}/{runs}"), runs
+        kind = dice.choice(["pretrain", "finetune", "cached", "preparation"])
+        count = min(dice.randint(1, 3), options.count - planned)
+        runs, planned = runs + 1, planned + count
+        if options.only and int(options.only) != number:
+            continue
+        place = folder / f"run-{number}"
+        shutil.rmtree(place, ignore_errors=True)
+        if kind == "preparation":
+            outcome = kills.kill_preparation(place, [kills.Plan.draw(dice, 0) for _ in range(count)])
+        else:
+            outcome = kills.kill_run(home, place, kind, kills.draw(dice, count, duration))
+        landed, wrong = landed + outcome.landed, wrong + bool(outcome.problems)
+        print(
+            f"{number} {outcome.name}: {'DIVERGED' if outcome.problems else 'bit for bit'}", *outcome.kills, sep="\n  "
+        )
+        for problem in outcome.problems:
+            print(f"  problem: {problem}")
+        sys.stdout.flush()
+        if not outcome.problems:
+            shutil.rmtree(place)
+    print(f"kills: {landed} of {planned} landed in {runs} runs, {wrong} runs diverged, seed {options.seed}")
+    return wrong
+
+
+def run_damage(options: argparse.Namespace, folder: Path) -> int:
+    """The damage matrix."""
+    bench = damage.Bench(folder)
+    cases = [case for case in bench.cases() if not options.only or options.only in str(case)]
+    if options.sample:
+        cases = random.Random(options.seed).sample(cases, min(options.sample, len(cases)))
+    counts: Counter[str] = Counter()
+    for case in cases:
+        result = bench.run(case, options.seed)
+        counts[result.how] += 1
+        if result.how not in damage.GOOD or options.verbose:
+            print(f"{case}: {result.how}: {result.detail}", flush=True)
+    print(f"damage: {len(cases)} cases: " + ", ".join(f"{n} {how}" for how, n in counts.most_common()))
+    return sum(n for how, n in counts.items() if how not in damage.GOOD)
+
+
+def run_soak(options: argparse.Namespace, folder: Path) -> int:
+    """The long run."""
+    home = folder / "world"
+    if not (home / "llm").exists():
+        world.make(home)
+    print("\n".join(soak.soak(home, folder / "soak", options.steps, options.kills)))
+    return 0
+
+
+def main() -> int:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("kills", "damage", "soak"))
+    parser.add_argument("--count", type=int, default=20, help="kills")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="only this case")
+    parser.add_argument("--sample", type=int, help="so many random cases of the damage matrix; default all")
+    parser.add_argument("--steps", type=int, default=5000, help="of the soak")
+    parser.add_argument("--kills", type=int, default=2, help="during the soak")
+    parser.add_argument("--verbose", action="store_true", help="print the good cases of the damage matrix too")
+    parser.add_argument("--folder", type=Path, help="where everything lies; default a temporary one, removed")
+    options = parser.parse_args()
+    what = {"kills": run_kills, "damage": run_damage, "soak": run_soak}[options.what]
+    if options.folder:
+        options.folder.mkdir(parents=True, exist_ok=True)
+        return bool(what(options, options.folder.absolute()))
+    with tempfile.TemporaryDirectory() as folder:
+        return bool(what(options, Path(folder)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
