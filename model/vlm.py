@@ -17,7 +17,7 @@ from model.connectors import Conditioning, Connector, connector_class
 from model.decoder.injection import compile_forward, pinned
 from model.decoder.loss import attach_loss
 from model.decoder.norms import resolve_kernels, use_kernels
-from model.decoder.packing import Packing
+from model.decoder.packing import Packing, check_packing, packed_mask
 from model.generator.placement import Placement, decoder_layers
 from model.generator.weights import PerceptualWeights
 from model.loading import build_llm
@@ -82,6 +82,8 @@ class VisionLanguageModel(nn.Module):
         self.pack_tokens = pack_tokens
         connector.attach(llm)
         attach_loss(llm)
+        if pack_tokens is not None:
+            check_packing(llm)
 
     @property
     def placement(self) -> Placement | None:
@@ -139,6 +141,8 @@ class VisionLanguageModel(nn.Module):
             keywords["position_ids"] = packing.position_ids
             if self._one_row:
                 keywords |= packing.flash_keywords()
+            elif (attention := packed_mask(self.llm, packing.position_ids)) is not None:
+                keywords["attention_mask"] = attention
             at, positions = packing.target, packing.source.numel()
         if conditioning is not None and conditioning.weights is not None:
             rows = batch.rows if packing is None else packing.rows(batch.rows)

@@ -126,7 +126,11 @@ class _PerceptualModule(nn.Module):
             return super().forward(x, *args, **kwargs)
         if self._perceptual_fused:
             return lowrank_linear(x, self.weight, *factors, added.scale, bias=self.bias, rows=added.rows)
-        return super().forward(x, *args, **kwargs) + lowrank_delta(x, *factors, added.scale, rows=added.rows)
+        out = super().forward(x, *args, **kwargs)
+        delta = lowrank_delta(x, *factors, added.scale, rows=added.rows)
+        if isinstance(out, tuple):  # an MLP of experts that returns what its router said as well
+            return (out[0] + delta, *out[1:])
+        return out + delta
 
 
 class _GroupedProjection(nn.Module):

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from model.decoder.head import head_transform
 from model.decoder.swap import swap
 
 CHUNK_LOGITS = 2**26
@@ -28,6 +30,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
+        scale: float,
         softcap: float | None,
         chunk: int,
         with_gradients: bool,
@@ -47,6 +50,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 weight,
                 bias,
                 targets[rows, None],
+                scale,
                 softcap,
                 precise,
                 need_hidden or need_weight or need_bias,
@@ -77,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             (next(saved) * d_loss).to(dtype) if needed else None
             for needed, dtype in zip(ctx.needed, ctx.dtypes, strict=True)
         )
-        return (*gradients, None, None, None, None)
+        return (*gradients, None, None, None, None, None)
 
 
 def _chunk(
@@ -85,12 +89,15 @@ def _chunk(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
+    scale: float,
     softcap: float | None,
     dtype: torch.dtype,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Summed loss of one chunk and its gradient by the logits [t, V], in `dtype`; targets [t, 1]."""
+    """Summed loss of one chunk and its gradient by the head's output [t, V], in `dtype`; targets [t, 1]."""
     logits = nn.functional.linear(hidden, weight, bias).to(dtype)
+    if scale != 1:
+        logits.mul_(scale)
     slope = None
     if softcap is not None:
         logits.div_(softcap).tanh_()
@@ -102,7 +109,9 @@ def _chunk(
         return loss, None
     gradient = torch.exp(log_p, out=logits)  # softmax - one-hot, in the logits' place
     gradient.scatter_add_(1, targets, gradient.new_full(targets.shape, -1.0))
-    return loss, gradient if slope is None else gradient.mul_(slope)
+    if slope is not None:
+        gradient.mul_(slope)
+    return loss, gradient if scale == 1 else gradient.mul_(scale)
 
 
 def linear_cross_entropy(
@@ -110,15 +119,17 @@ def linear_cross_entropy(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None = None,
+    scale: float = 1.0,
     softcap: float | None = None,
     chunk_logits: int | None = None,
 ) -> Tensor:
-    """Cross-entropy of `softcap * tanh(hidden W^T / softcap)`, summed over targets, nats.
+    """Cross-entropy of `softcap * tanh(scale * hidden W^T / softcap)`, summed over targets, nats.
 
     Args:
         hidden: [T, d], any floating dtype; T may be 0.
         weight: [V, d], with `bias` [V].
         targets: int64 [T]; all of them count.
+        scale: Of the head's output (Granite, Cohere).
         softcap: Largest absolute logit (Gemma 2); None: no cap.
         chunk_logits: Logits held at a time, elements (never less than one target's); None: `CHUNK_LOGITS`.
 
@@ -126,7 +137,7 @@ def linear_cross_entropy(
         Scalar in fp32 (fp64 for fp64 input); differentiable once.
     """
     chunk = max(1, (CHUNK_LOGITS if chunk_logits is None else chunk_logits) // weight.shape[0])
-    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, softcap, chunk, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, scale, softcap, chunk, torch.is_grad_enabled())
 
 
 class _LossHead(nn.Module):
@@ -140,21 +151,24 @@ class _LossHead(nn.Module):
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
         if targets is None:
             return super().forward(hidden)
-        if self._fused_loss is not None and len(targets):
-            return self._fused_loss(hidden, self.weight, targets, self.bias, softcap=self._softcap)
-        return linear_cross_entropy(hidden, self.weight, targets, self.bias, self._softcap)
+        input_scale, scale, softcap = self._transform
+        if input_scale != 1:
+            hidden = hidden * input_scale
+        # Liger's has no scale.
+        if self._fused_loss is not None and len(targets) and scale == 1:
+            return self._fused_loss(hidden, self.weight, targets, self.bias, softcap=softcap)
+        return linear_cross_entropy(hidden, self.weight, targets, self.bias, scale, softcap)
 
 
-def attach_loss(llm: nn.Module) -> None:
+def attach_loss(llm: PreTrainedModel) -> None:
     """Make `llm`'s head accept `targets`; names, parameters and what it does without targets stay.
 
     Raises:
-        ValueError: a head that is not a plain linear layer.
+        ValueError: a head that is not a plain linear layer, or logits that are not its scaled or capped output.
     """
     head = llm.get_output_embeddings()
     if isinstance(head, _LossHead):
         return
     if type(head) is not nn.Linear:
         raise ValueError(f"the language model's head is a {type(head).__name__}; a plain nn.Linear is needed")
-    softcap = getattr(llm.config.get_text_config(), "final_logit_softcapping", None)
-    swap(head, _LossHead, _softcap=softcap, _fused_loss=None)
+    swap(head, _LossHead, _transform=head_transform(llm), _fused_loss=None)

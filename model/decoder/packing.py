@@ -2,18 +2,31 @@
 
 The decoder gets restarted positions and no attention mask; from these transformers works out which tokens belong
 together, for SDPA and eager attention as a block-diagonal causal mask (sliding windows included), for FlashAttention-2
-as sequence lengths. The perceptual weights follow through `Rows.packed`.
+as sequence lengths. A decoder that does not tell transformers its positions (OPT, XGLM) is given the mask itself. The
+perceptual weights follow through `Rows.packed`.
 """
 
 from __future__ import annotations
 
+import ast
+import functools
+import inspect
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
 
+from model.generator.placement import decoder_layers
+from model.loading import ModelError
 from model.ops import NO_SAMPLE, Rows
+
+_SEPARABLE = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Kinds of `layer_types` for which transformers keeps packed texts apart."""
 
 
 @dataclass(frozen=True)
@@ -99,3 +112,65 @@ class Packing:
     def pack(self, x: Tensor) -> Tensor:
         """[R, L, ...] -> [P, T, ...]."""
         return x.flatten(0, 1)[self.source]
+
+
+def check_packing(llm: PreTrainedModel) -> None:
+    """Check that texts which stand in one row stay apart in this decoder.
+
+    Raises:
+        ModelError: layers carry something along the row besides attention (convolutions, recurrent states), or
+            attention is masked in a way that cannot be given from outside.
+    """
+    config, name = llm.config.get_text_config(), type(llm).__name__
+    cure = "one text would flow into the next; set llm.pack_tokens=null"
+    other = sorted(set(getattr(config, "layer_types", None) or ()) - _SEPARABLE)
+    mixing = sorted({type(m).__name__ for layer in decoder_layers(llm) for m in layer.modules() if _mixes(m)})
+    if other or mixing:
+        raise ModelError(f"llm.pack_tokens: {name} has layers of kind {', '.join(other or mixing)}: {cure}")
+    decoder: Any = type(llm.get_decoder())
+    if not (_tells_positions(decoder) or _takes_masks(decoder)) and getattr(config, "layer_types", None):
+        raise ModelError(f"llm.pack_tokens: {name} masks its kinds of layers without looking at positions: {cure}")
+
+
+def packed_mask(llm: PreTrainedModel, position_ids: Tensor) -> Any:
+    """The attention mask of packed rows, [P, 1, T, T] (by kind of layer), where a decoder would not make it itself.
+
+    None for all decoders that tell transformers their positions.
+    """
+    decoder: Any = type(llm.get_decoder())
+    if _tells_positions(decoder) or position_ids.is_meta:
+        return None
+    like = torch.empty(*position_ids.shape, 1, dtype=llm.dtype, device=position_ids.device)
+    return create_masks_for_generate(llm.config.get_text_config(), like, None, None, position_ids)
+
+
+def _mixes(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv1d)
+
+
+@functools.cache
+def _tells_positions(decoder: Any) -> bool:
+    """Whether a decoder's forward passes positions to the function that makes its mask, read off its source."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(decoder.forward))))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _is_mask(node.func)]
+    shared = [node for node in ast.walk(tree) if isinstance(node, ast.Dict)]  # of keywords, for several masks
+    keys = {key.value for node in shared for key in node.keys if isinstance(key, ast.Constant)}
+    names = {keyword.arg for call in calls for keyword in call.keywords}
+    return "position_ids" in names or (None in names and "position_ids" in keys)
+
+
+@functools.cache
+def _takes_masks(decoder: Any) -> bool:
+    """Whether a decoder's forward accepts ready masks, one per kind of layer, read off its source."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(decoder.forward))))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    return any(
+        call.func.id == "isinstance" and isinstance(call.args[1], ast.Name) and call.args[1].id == "dict"
+        for call in calls
+        if isinstance(call.func, ast.Name)
+    )
+
+
+def _is_mask(function: ast.expr) -> bool:
+    name = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
+    return name.startswith("create_") and "mask" in name or name == "mask_function"

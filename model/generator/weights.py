@@ -175,17 +175,38 @@ class PerceptualWeights:
 def base_norms(
     llm: nn.Module, placement: Placement, whole: Callable[[Tensor], AbstractContextManager] = nullcontext
 ) -> dict[Site, float]:
-    """Frobenius norm |W| of the projection at each site, for |dW| / |W|; for `m`, that of the down projection.
+    """Frobenius norm |W| of the projection at each site, for |dW| / |W|.
+
+    For `m` it is that of what writes to the hidden states in the MLP: the down projection; with experts, their root
+    mean square.
 
     Args:
+        llm: Placed in by `placement`.
         whole: Context in which a weight that an engine has partitioned is whole.
     """
     layers = decoder_layers(llm)
     out = {}
     for site in placement.sites:
         module = layers[site.layer].get_submodule(site.module)
-        if site.type == "m":
-            module = next(m for n, m in module.named_modules() if n in ("down_proj", "fc2"))
-        with whole(module.weight):
-            out[site] = module.weight.detach().float().norm().item()
+        square = 0.0
+        for weight, share in _writing(module, site.d_out) if site.type == "m" else [(module.weight, 1.0)]:
+            with whole(weight):
+                square += share * weight.detach().float().square().sum().item()
+        out[site] = square**0.5
     return out
+
+
+def _writing(mlp: nn.Module, width: int) -> list[tuple[Tensor, float]]:
+    """The matrices in an MLP, whatever they are called, that end at the hidden states, and the share of each."""
+
+    def shape(weight: Tensor) -> torch.Size:
+        return getattr(weight, "ds_shape", weight.shape)  # of a partitioned weight: DeepSpeed's
+
+    found = []
+    for module in mlp.modules():
+        experts = [p for p in module.parameters(recurse=False) if len(shape(p)) == 3]
+        if experts:  # [experts, ., .], as transformers keeps them: gate and up, then down
+            found.append((experts[-1], 1 / shape(experts[-1])[0]))
+        elif isinstance(module, nn.Linear) and module.out_features == width:
+            found.append((module.weight, 1.0))
+    return found or [(p, 1.0) for p in mlp.parameters() if len(shape(p)) > 1]

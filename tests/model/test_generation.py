@@ -6,6 +6,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from data_prep.text.encoder import TextEncoder
 from model.batch import IGNORE, Batch
+from model.config import ModelConfig
+from model.connectors import Connector
 from model.generation import answers
 from model.vlm import VisionLanguageModel
 from tests.data_prep.text.families import FAMILIES
@@ -42,7 +44,7 @@ def test_a_trained_model_ends_its_answers(name):
     dialogues = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in FACTS.items()]
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 1}
     llm = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **sizes))
-    model = VisionLanguageModel(None, torch.nn.Identity(), llm, None)
+    model = VisionLanguageModel(None, Connector(ModelConfig(), 8), llm)
     encoded = [text.encode(dialogue) for dialogue in dialogues]
     batch = rows([(row.input_ids, row.labels) for row in encoded], text.pad_id)
     optimizer = torch.optim.Adam(llm.parameters(), lr=3e-3)

@@ -11,8 +11,8 @@ from tests.model import parts
 T, V, D = 23, 57, 16
 
 
-def reference(hidden, weight, targets, bias, softcap):
-    logits = torch.nn.functional.linear(hidden, weight, bias)
+def reference(hidden, weight, targets, bias, softcap, scale=1.0):
+    logits = scale * torch.nn.functional.linear(hidden, weight, bias)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
@@ -34,13 +34,13 @@ def inputs(dtype: torch.dtype, bias: bool, trained: bool = True, targets: int = 
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6), (torch.bfloat16, 1e-2)]
 )
-@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (1.0, 2.0), (0.3, None), (3.0, 2.0)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("chunk", [1, 7, T, 1000])
-def test_loss_and_gradients_equal_plain_torch_in_fp64(dtype, tolerance, softcap, bias, chunk):
+def test_loss_and_gradients_equal_plain_torch_in_fp64(dtype, tolerance, scale, softcap, bias, chunk):
     found, exact = inputs(dtype, bias), inputs(torch.float64, bias)
-    loss = linear_cross_entropy(*found, softcap, chunk_logits=chunk * V)
-    expected = reference(*exact, softcap)
+    loss = linear_cross_entropy(*found, scale, softcap, chunk_logits=chunk * V)
+    expected = reference(*exact, softcap, scale)
     (3 * loss).backward()
     (3 * expected).backward()
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
