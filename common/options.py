@@ -49,15 +49,64 @@ def parse_options(schema: type, arguments: list[str], doc: str | None = None) ->
         if key in given:
             raise ConfigError(f"{key} is given twice")
         given[key] = _read(key, text, known[key])
+    return typed(schema, _nested(given))
+
+
+def _nested(given: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys as dictionaries in dictionaries."""
+    tree: dict[str, Any] = {}
+    for key, value in given.items():
+        *path, last = key.split(".")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return tree
+
+
+def typed(schema: type, tree: dict[str, Any]) -> Any:
+    """An instance of the dataclass `schema` from plain containers, its values of the declared types and checked.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest one), a wrong type or value, or none for a key that needs one.
+    """
+    _check_shapes(schema, tree, "")
     try:
-        tree = OmegaConf.structured(schema)
-        for key, value in given.items():
-            OmegaConf.update(tree, key, value)
-        options = OmegaConf.to_object(tree)
+        merged = OmegaConf.merge(OmegaConf.structured(schema), tree)
+        OmegaConf.resolve(merged)
+        value = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise explain(error, list(known)) from error
-    settings.check(options)
-    return options
+        raise explain(error, [name for name, *_ in settings.keys(schema)]) from error
+    settings.check(value)
+    return value
+
+
+def _check_shapes(schema: type, tree: dict[str, Any], prefix: str) -> None:
+    """Lists where lists belong, and known keys in their elements: what OmegaConf's messages give no name to."""
+    kinds = typing.get_type_hints(schema)
+    for name, value in tree.items():
+        kind, key = kinds.get(str(name)), f"{prefix}{name}"
+        if is_dataclass(kind) and isinstance(value, dict):
+            _check_shapes(typing.cast(type, kind), value, f"{key}.")
+        if (
+            isinstance(value, list)
+            and get_origin(kind) is not list
+            and dict in [get_origin(each) for each in _kinds(kind)]
+        ):
+            raise ConfigError(f"{key}={value}: give a mapping: {key}={{...}}")
+        of = next((get_args(each)[0] for each in _kinds(kind) if get_origin(each) is list), None)
+        if of is None or value is None or isinstance(value, str) and "${" in value:
+            continue
+        if not isinstance(value, list):
+            raise ConfigError(f"{key}={value}: give a list: {key}=[...]")
+        for number, element in enumerate(value):
+            if is_dataclass(of) != isinstance(element, dict) or isinstance(element, list) or element is None:
+                wanted = f"keys {', '.join(each.name for each in fields(of))}" if is_dataclass(of) else "one value"
+                raise ConfigError(f"{key}[{number}]={element}: give {wanted}")
+            if is_dataclass(of):
+                names = [each.name for each in fields(of)]
+                if unknown := [each for each in element if each not in names]:
+                    raise unknown_key(f"{key}[{number}].{unknown[0]}", [f"{key}[{number}].{each}" for each in names])
 
 
 def as_typed(overrides: list[str], schema: type, multirun: bool = False) -> list[str]:

@@ -18,7 +18,9 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from common.errors import ConfigError
 from common.files import digest, write_atomically
+from common.settings import check, setting
 from data_prep.store.errors import DataError
 from data_prep.store.images import MAX_PIXELS, shrink
 from data_prep.store.manifest import (
@@ -32,6 +34,7 @@ from data_prep.store.manifest import (
 )
 from data_prep.store.sample import SCHEMA_VERSION, Count, Dialogue, Dropped, Sample
 from data_prep.store.writer import ShardWriter
+from data_prep.text.templates import NAMES
 from data_prep.verify import Verifier
 
 PLAN = "plan.json"
@@ -67,28 +70,26 @@ class Options:
         max_length: Longest accepted dialogue in tokens; needs `tokenizer`.
     """
 
-    on_error: str = "fail"
-    max_drop_fraction: float = 0.01
-    max_pixels: int = MAX_PIXELS
-    min_side: int = 2
-    shrink: int | None = None
-    jpeg_quality: int = 90
-    tokenizer: str | None = None
-    template: str = "chat"
-    max_length: int | None = None
+    on_error: str = setting("fail", choices=("fail", "drop"))
+    max_drop_fraction: float = setting(0.01, within="[0, 1]")
+    max_pixels: int = setting(MAX_PIXELS, within="[1, 1e10]")
+    min_side: int = setting(2, within="[1, 65536]")
+    shrink: int | None = setting(None, within="[1, 65536]")
+    jpeg_quality: int = setting(90, within="[1, 100]")
+    tokenizer: str | None = setting(None, path=True)
+    template: str = setting("chat", choices=NAMES)
+    max_length: int | None = setting(None, within="[1, 1e7]")
 
-    def check(self) -> None:
-        """Raise a `DataError` that names the first key with an impossible value."""
-        if self.on_error not in ("fail", "drop"):
-            raise DataError(f"options.on_error={self.on_error}: choose fail or drop")
-        if not 0 <= self.max_drop_fraction <= 1:
-            raise DataError(f"options.max_drop_fraction={self.max_drop_fraction}: a share, 0 to 1")
+    def check(self, prefix: str = "options.") -> None:
+        """Rules across keys.
+
+        Raises:
+            ConfigError: names the first key with an impossible value.
+        """
         if self.shrink is not None and self.shrink < self.min_side:
-            raise DataError(f"options.shrink={self.shrink}: at least options.min_side={self.min_side}")
-        if not 1 <= self.jpeg_quality <= 100:
-            raise DataError(f"options.jpeg_quality={self.jpeg_quality}: 1 to 100")
+            raise ConfigError(f"{prefix}shrink={self.shrink}: at least {prefix}min_side={self.min_side}")
         if self.max_length is not None and self.tokenizer is None:
-            raise DataError("options.max_length is in tokens and needs options.tokenizer")
+            raise ConfigError(f"{prefix}max_length={self.max_length}: is in tokens and needs {prefix}tokenizer")
 
 
 @dataclass
@@ -142,7 +143,7 @@ def prepare(
         DataError: a bad record under `on_error=fail`, or more than `max_drop_fraction` of a split dropped.
     """
     options, task = options or Options(), task or Task()
-    options.check()
+    check(options, "options.")
     # Not the policy: a shard is the same under any, and accepting more defects afterwards must not make it anew.
     fixed = {name: value for name, value in asdict(options).items() if name not in ("on_error", "max_drop_fraction")}
     made_from = {**source.made_from(), "options": fixed, "schema_version": SCHEMA_VERSION}

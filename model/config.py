@@ -43,6 +43,14 @@ class LLMConfig:
     pack_tokens: int | None = setting(None, within="[1, 1048576]")
     architecture: dict[str, Any] | None = None
 
+    def check(self, prefix: str) -> None:
+        """An architecture names its kind.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        _check_architecture(f"{prefix}architecture", self.architecture)
+
 
 @dataclass
 class VisionConfig:
@@ -75,6 +83,14 @@ class VisionConfig:
     transparent: str = setting("white", choices=TRANSPARENT)
     cache: bool = False
     architecture: dict[str, Any] | None = None
+
+    def check(self, prefix: str) -> None:
+        """An architecture names its kind.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        _check_architecture(f"{prefix}architecture", self.architecture)
 
 
 @dataclass
@@ -115,10 +131,7 @@ class GeneratorConfig:
         Raises:
             ConfigError: an unknown type, or none of `every` and `layers`.
         """
-        try:
-            parse_types(self.types)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        parse_types(self.types)
         if self.every is None and self.layers is None:
             raise ConfigError(f"{prefix}every=null and {prefix}layers=null: give one of the two")
 
@@ -180,17 +193,23 @@ def parse_types(types: str | list[str]) -> tuple[str, ...]:
     """`"qkvom"`, `"q,k,gate"` or a list -> a tuple of types in the order given.
 
     Raises:
-        ValueError: an unknown or repeated type.
+        ConfigError: an unknown or repeated type, or no text.
     """
-    if isinstance(types, str):
-        types = types.split(",") if "," in types or types in WEIGHT_TYPES else list(types)
-    types = [t.strip() for t in types]
-    for t in types:
-        if t not in WEIGHT_TYPES:
-            raise ValueError(
-                f"generator.types: unknown type {t!r}; known: {', '.join(WEIGHT_TYPES)} "
+    words = (
+        types if not isinstance(types, str) else types.split(",") if "," in types or types in WEIGHT_TYPES else types
+    )
+    names = [str(word).strip() for word in words] if isinstance(words, str | list | tuple) else [str(types)]
+    for name in names:
+        if name not in WEIGHT_TYPES:
+            raise ConfigError(
+                f"generator.types={types}: unknown type {name!r}; known: {', '.join(WEIGHT_TYPES)} "
                 "(one letter each as in 'qkvom', or separated by commas as in 'q,k,gate')"
             )
-    if len(set(types)) != len(types) or not types:
-        raise ValueError(f"generator.types: {types} is empty or names a type twice")
-    return tuple(types)
+    if len(set(names)) != len(names) or not names:
+        raise ConfigError(f"generator.types={types}: empty, or names a type twice")
+    return tuple(names)
+
+
+def _check_architecture(name: str, architecture: dict[str, Any] | None) -> None:
+    if architecture is not None and not isinstance(architecture.get("model_type"), str):
+        raise ConfigError(f"{name}={architecture}: needs model_type, as in the model's config.json")

@@ -35,12 +35,13 @@ def pretrained_config(
 ) -> PreTrainedConfig:
     """The config of a pretrained part; of a two-tower model (CLIP, SigLIP) its vision half when `what` is vision.
 
-    With `meta`, a given `architecture` is enough and nothing is read. Nothing is ever downloaded (`train.fetch` does).
+    With `meta`, a given `architecture` is enough where `path` is no folder. Nothing is ever downloaded (`train.fetch`
+    does that).
 
     Raises:
         ModelError: nothing at `path`, or another architecture than the one described.
     """
-    if meta and architecture is not None:
+    if meta and architecture is not None and not Path(path).expanduser().is_dir():
         return architecture_config(architecture)
     folder = _folder(what, path)
     try:

@@ -87,8 +87,9 @@ def find_source(what: str, path: str, cache: str | Path | None = None) -> Path |
         if folder.is_dir():
             return folder
         raise ModelError(
-            f"{what}.path={path}: no such folder. For the built-in parts run `python -m data_prep.parts`; "
-            "otherwise give a Hugging Face name or the folder of a downloaded model"
+            f"{what}.path={path}: no such folder. For the built-in parts run `python -m data_prep.parts`, for "
+            "llm=tiny then `python -m data_prep.parts.tiny_llm`; otherwise give a Hugging Face name or the folder of a "
+            "downloaded model"
         )
     if cache is not None and (copied := Path(cache) / "models" / path).is_dir():
         return copied

@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
 import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from common import options
 from common.errors import report_errors, run_cli
 from train import config as configuration
 from train.cluster import sweep
+from train.config import presets
 from train.process import launch, run_dir
 from train.process.distributed import quiet
-
-CONF = str(Path(__file__).resolve().parents[1] / "conf")
 
 
 def check_model(config: configuration.RunConfig, workers: int) -> str:
@@ -46,16 +45,17 @@ def check_model(config: configuration.RunConfig, workers: int) -> str:
 
 
 def plan_memory(config: configuration.RunConfig, workers: int) -> str:
-    """The memory plan of a rank as text; lengths from the data where tokenizer and data are here."""
+    """The memory plan of a rank as text; lengths from the data where tokenizer and data are here.
+
+    Raises:
+        ValueError: what is wrong with the tokenizer, the data, or how these are turned into text.
+    """
     import torch
 
     from model.loading import load_tokenizer
     from train.measure import memory
 
-    try:
-        tokenizer = load_tokenizer(config.llm.path)
-    except ValueError:  # not on this machine: named at the top of the check
-        tokenizer = None
+    tokenizer = None if configuration.missing_models(config) else load_tokenizer(config.llm.path)
     share = config.data.batch_size // workers // configuration.accumulation(config, workers)
     load = memory.workload(config, tokenizer, share)
     # A local run is on this machine's GPUs or, without any, in its memory.
@@ -64,7 +64,7 @@ def plan_memory(config: configuration.RunConfig, workers: int) -> str:
     return memory.describe(config, workers, load, memory.plan(config, workers, load), limit)
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="config")
+@hydra.main(version_base="1.3", config_path=str(presets.CONF), config_name="config")
 def _main(composed: DictConfig) -> None:
     # Reported here: Hydra would add lines of its own to an exception. Leaving with 0 would end a sweep.
     if code := report_errors(lambda: run(sweep.enter(composed))):
@@ -75,23 +75,22 @@ def run(composed: DictConfig) -> int:
     """Check one composed configuration and run it."""
     import torch
 
+    from train.process import inputs
+
     torch.set_num_threads(1)  # a process with OpenMP threads could not be forked into workers
     config = configuration.resolve(composed)
     quiet()
     workers = launch.worker_count(config)
     configuration.accumulation(config, workers)
-    missing = configuration.missing_models(config)
-    if missing and not config.check:
-        raise configuration.ConfigError(missing[0])
-    for line in missing:
-        print(f"missing: {line}")
+    absent = inputs.require(config)
     table = check_model(configuration.located(config), workers)
     if config.check:
-        print(table)
+        print("\n".join([table, *(f"not here: {line}" for line in absent)]))
         return 0
     path = run_dir.create(config)
     print(f"run directory: {path}", flush=True)
     if config.launch.mode == "none":
+        print("".join(f"not here yet: {line}\n" for line in absent), end="")
         return 0
     finished = launch.local(config, path)
     print(f"{path}: {'finished' if finished else 'stopped on request; the same command goes on from the checkpoint'}")
@@ -99,7 +98,12 @@ def run(composed: DictConfig) -> int:
 
 
 def main() -> int:
-    """Run Hydra's program with its errors turned into ours."""
+    """Run Hydra's program on words that it reads as they were typed, with its errors turned into ours."""
+    words = sys.argv[1:]
+    if {"--help", "-h"} & set(words):
+        print(f"{(__doc__ or '').strip()}\n\n{presets.help_text()}\n\n{options.help_text(configuration.RunConfig)}")
+        return 0
+    sys.argv[1:] = options.as_typed(words, configuration.RunConfig, presets.is_sweep(words))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raises, where Hydra would print a shortened traceback
     sweep.register_launcher()
     try:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from common.errors import run_cli
+from common.settings import setting
 from model.config import parse_types
 from model.connectors import connector_class
 from model.deploy.adapter import save_adapter
@@ -37,9 +38,9 @@ class Options:
         llm, vision: `llm.path=...`, `vision.path=...`: where the run's base models are now, if they have moved.
     """
 
-    run: str = "???"
-    image: str = "???"
-    out: str = "???"
+    run: str = setting("???", path=True)
+    image: str = setting("???", path=True)
+    out: str = setting("???", path=True)
     types: str | None = None
     llm: MovedTo = field(default_factory=MovedTo)
     vision: MovedTo = field(default_factory=MovedTo)
@@ -47,7 +48,7 @@ class Options:
 
 def main() -> int:
     """Write one adapter."""
-    options: Options = configuration.parse_options(Options, sys.argv[1:])
+    options: Options = configuration.parse_options(Options, sys.argv[1:], __doc__)
     run = Path(options.run)
     config = configuration.load(run / "config.yaml", options.llm, options.vision)
     if not connector_class(config.model).makes_weights:

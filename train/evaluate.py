@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from common.errors import run_cli
 from common.files import write_atomically, write_json
+from common.settings import setting
 from data_prep.store.errors import DataError
 from data_prep.store.split import Split
 from model.generation import answers
@@ -55,27 +56,15 @@ class Options:
         llm, vision: `llm.path=...`, `vision.path=...`: where the run's base models are now, if they have moved.
     """
 
-    run: str = "???"
+    run: str = setting("???", path=True)
     split: str = "test"
-    images: str = "real"
-    max_samples: int | None = None
-    batch_size: int | None = None
-    max_new_tokens: int | None = None
-    seed: int = 0
+    images: str = setting("real", choices=("real", "shuffled", "none"))
+    max_samples: int | None = setting(None, within="[1, 1e9]")
+    batch_size: int | None = setting(None, within="[1, 1e6]")
+    max_new_tokens: int | None = setting(None, within="[1, 1e6]")
+    seed: int = setting(0, within="[0, 4294967295]")
     llm: MovedTo = field(default_factory=MovedTo)
     vision: MovedTo = field(default_factory=MovedTo)
-
-
-def parse(arguments: list[str]) -> Options:
-    """Options from `key=value` arguments.
-
-    Raises:
-        ConfigError: unknown key, wrong type, or no run.
-    """
-    options: Options = configuration.parse_options(Options, arguments)
-    if options.images not in ("real", "shuffled", "none"):
-        raise ConfigError(f"images={options.images}: choose real, shuffled or none")
-    return options
 
 
 def load_model(config: RunConfig, run: Path, device: torch.device) -> VisionLanguageModel:
@@ -130,7 +119,7 @@ def image_of(config: RunConfig, split: str = "test") -> Callable[[str], bytes]:
 
 def main() -> int:
     """Evaluate one run."""
-    options = parse(sys.argv[1:])
+    options: Options = configuration.parse_options(Options, sys.argv[1:], __doc__)
     run = Path(options.run)
     config = configuration.load(run / "config.yaml", options.llm, options.vision)
     limit = options.max_samples or config.evaluation.max_samples

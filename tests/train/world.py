@@ -96,6 +96,7 @@ def overrides(world: Path, run: Path, *more: str) -> list[str]:
         f"data.root={world}/data",
         "data.train=[{path: squares/train, weight: 1.0}]",
         "data.val=null",
+        "data.test=null",
         "data.batch_size=8",
         "data.dialogues_per_sample=2",
         "generator.width=16",

@@ -47,7 +47,7 @@ def validate(config: RunConfig) -> None:
     )
     micro = engine.micro_batch_size
     check(
-        micro is None or config.data.batch_size % micro == 0,
+        micro is None or micro > config.data.batch_size or config.data.batch_size % micro == 0,
         f"engine.micro_batch_size={micro} does not divide data.batch_size={config.data.batch_size}",
     )
     tokens = config.data.tokens_per_micro_batch
@@ -85,9 +85,11 @@ def accumulation(config: RunConfig, world_size: int) -> int:
     if batch % world_size:
         raise ConfigError(f"data.batch_size={batch} samples do not divide among {world_size} ranks")
     share = batch // world_size
-    if micro is not None and share % micro:
+    if micro is None or micro >= share:
+        return 1
+    if share % micro:
         raise ConfigError(
             f"data.batch_size={batch} over {world_size} ranks is {share} samples each, "
             f"which engine.micro_batch_size={micro} does not divide"
         )
-    return 1 if micro is None else share // micro
+    return share // micro

@@ -35,15 +35,8 @@ def resolve(composed: DictConfig | ListConfig) -> RunConfig:
     Raises:
         ConfigError: unknown key (with the nearest one), wrong type, or a rule broken; names the key.
     """
-    try:
-        # As plain containers: Hydra lets `+key=value` add keys to a typed node, merging into a fresh one does not.
-        plain = OmegaConf.create(OmegaConf.to_container(composed))
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), plain)
-        OmegaConf.resolve(merged)
-        config = cast(RunConfig, OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
-        raise explain(error) from error
-    settings.check(config)
+    # As plain containers: Hydra lets `+key=value` add keys to a typed node, merging into a fresh one does not.
+    config: RunConfig = options.typed(RunConfig, cast(dict, OmegaConf.to_container(composed)))
     validate(config)
     return config
 
@@ -72,7 +65,7 @@ class MovedTo:
         path: Its folder or name; null: where the run found it. It must be the same model, which its fingerprint tells.
     """
 
-    path: str | None = None
+    path: str | None = settings.setting(None, path=True)
 
 
 def read(path: Path, llm: MovedTo | None = None, vision: MovedTo | None = None) -> RunConfig:
@@ -124,9 +117,8 @@ def compose_overrides(overrides: list[str]) -> DictConfig:
     Raises:
         ConfigError: an unknown key or choice.
     """
-    conf = str(Path(__file__).resolve().parents[2] / "conf")
     try:
-        with initialize_config_dir(conf, version_base="1.3"):
-            return compose("config", overrides)
+        with initialize_config_dir(str(presets.CONF), version_base="1.3"):
+            return compose("config", options.as_typed(overrides, RunConfig))
     except (HydraException, OmegaConfBaseException) as error:
         raise explain(error) from error

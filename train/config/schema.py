@@ -33,7 +33,13 @@ _ELEMENTS = "[1, 1e13]"
 
 @dataclass
 class TrainedParts:
-    """Which parts of the model are trained."""
+    """Which parts of the model are trained.
+
+    Attributes:
+        connector: The generator, or the projector.
+        llm: The language model.
+        vision: The vision encoder.
+    """
 
     connector: bool = True
     llm: bool = False
@@ -120,7 +126,7 @@ class EngineConfig:
     Attributes:
         zero_stage: 0 to 3.
         precision: `fp32` or `bf16` (fp32 master weights and gradient accumulation).
-        micro_batch_size: Samples per rank and forward pass; null: the rank's whole share of the batch.
+        micro_batch_size: Samples per rank and forward pass at most; null: the rank's whole share of the batch.
         gradient_checkpointing: Recompute the decoder layers in the backward pass (non-reentrant): `true`, `false`, or
             `auto`: where `train.measure.memory` estimates that a step does not fit without (docs/performance.md).
         compile: Backend of `torch.compile` for the decoder layers, `inductor` or (to find faults) `aot_eager`; null:

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from common import settings
 from common.files import digest
 from data_prep.store.errors import CorruptShardError, DataError
+from data_prep.store.manifest import MANIFEST
 from data_prep.store.pixels import ImageInput
 from data_prep.store.sample import Sample
 from data_prep.store.split import Split
@@ -43,6 +44,11 @@ def open_split(config: DataConfig, path: str, whole: bool = True) -> Split:
         DataError: it is not prepared or not whole.
     """
     return Split(Path(config.root) / path, whole)
+
+
+def is_prepared(config: DataConfig, path: str) -> bool:
+    """Whether a split named in the configuration is on this machine."""
+    return (Path(config.root) / path / MANIFEST).is_file()
 
 
 def open_train_split(config: DataConfig, path: str) -> Split:

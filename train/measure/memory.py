@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedTokenizerBase
 
-from data_prep.store.errors import CorruptShardError, DataError
+from data_prep.store.errors import CorruptShardError
 from model.batch import Batch
 from model.connectors import connector_class
 from model.decoder import loss
@@ -27,7 +27,7 @@ from model.generator.placement import decoder_layers
 from model.vision import build_vision
 from model.vlm import VisionLanguageModel, build_model
 from train.config import DTYPES, RunConfig
-from train.data import make_text, most_views, open_train_split
+from train.data import is_prepared, make_text, most_views, open_train_split
 from train.data.collate import encode_sample
 from train.engine.engine import freeze
 
@@ -118,13 +118,21 @@ def workload(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None, sampl
     """The largest micro-batch of `samples` samples, or of as many average ones as `data.tokens_per_micro_batch` has
     room for: lengths of samples spread evenly over every source.
 
-    Without a tokenizer, or where a source is not prepared yet, the longest row that `data.max_length` allows.
+    Without a tokenizer, or where a source is not on this machine: `data.expected_length`, or else the longest row that
+    `data.max_length` allows.
+
+    Raises:
+        ValueError: what is wrong with the data, or with how they are turned into text.
     """
-    lengths, sizes, rows, images = [], [], 1, 1
+    lengths: list[int] = []
+    sizes: list[float] = []
+    rows, images = 1, 1
     most, visual = config.data.dialogues_per_sample, image_tokens(config)
-    try:
-        for source in config.data.train if tokenizer is not None else []:
-            split, text = open_train_split(config.data, source.path), make_text(config.data, tokenizer)
+    sources = [source.path for source in config.data.train]
+    if tokenizer is not None and all(is_prepared(config.data, path) for path in sources):
+        text = make_text(config.data, tokenizer)
+        for path in sources:
+            split = open_train_split(config.data, path)
             count = min(_ROWS_READ, len(split))
             for number in range(count):
                 try:
@@ -134,16 +142,14 @@ def workload(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None, sampl
                         raise
                     continue
                 chosen = list(range(len(sample.conversations)))
-                piece, _ = encode_sample(text, sample, chosen, f"sample {sample.id}")
+                piece, _ = encode_sample(text, sample, chosen, f"{path}: sample {sample.id}")
                 found = [len(row.input_ids) for row in piece.rows]
                 lengths += found
                 drawn = min(len(found), most or len(found))
                 sizes.append(drawn * (sum(found) / max(1, len(found)) + len(sample.images) * visual))
                 rows, images = max(rows, len(chosen)), max(images, len(sample.images))
-    except (DataError, OSError):  # the run itself reports what is wrong with its data
-        lengths = []
     rows = min(rows, most or rows) if lengths else most or 1
-    longest = max(lengths, default=config.data.max_length or 2048)
+    longest = max(lengths, default=config.data.expected_length or config.data.max_length or 2048)
     mean = sum(lengths) / len(lengths) if lengths else longest
     if (budget := config.data.tokens_per_micro_batch) is not None:
         average = sum(sizes) / len(sizes) if lengths else rows * (longest + images * visual)
@@ -312,7 +318,8 @@ def _batch(load: Workload, length: int) -> Batch:
 def describe(config: RunConfig, world_size: int, load: Workload, found: MemoryPlan, limit: int | None) -> str:
     """The plan as text, GiB per rank."""
     engine = config.engine
-    lengths = "longest row of the data" if load.measured else "the longest that data.max_length allows"
+    assumed = "data.expected_length" if config.data.expected_length else "the longest that data.max_length allows"
+    lengths = "longest row of the data" if load.measured else f"{assumed}, as the data or the tokenizer are not here"
     lines = [
         f"memory per rank, estimated, GiB: {world_size} ranks, ZeRO-{engine.zero_stage}, {engine.precision}",
         f"micro-batch: {load.samples} samples, {load.rows} rows of {load.length} tokens ({lengths})"

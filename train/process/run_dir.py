@@ -36,7 +36,7 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "hydra-core", "wa
 # Where and how a run is executed may change between its lifetimes; what it computes may not.
 _MAY_CHANGE = {
     "launch", "tracking", "checkpoint", "evaluation", "run_dir", "output_root", "cache_dir", "check",
-    "data.root", "data.num_workers", "data.prefetch", "data.on_corrupt_shard",
+    "data.root", "data.expected_length", "data.num_workers", "data.prefetch", "data.on_corrupt_shard",
     "llm.path", "vision.path",  # compared by fingerprint
     "engine.micro_batch_size", "engine.gradient_checkpointing", "engine.memory_gib", "engine.timeout_minutes",
 }  # fmt: skip
@@ -48,6 +48,8 @@ _BEGUN = {_RECORD, "git.diff"}
 def create(config: RunConfig) -> Path:
     """Make the run directory, or re-enter an existing one of the same configuration.
 
+    One in which nothing has been trained yet (a start that failed) is made anew for any configuration.
+
     Raises:
         UserError: the directory holds a run of another configuration, or something else.
     """
@@ -57,7 +59,8 @@ def create(config: RunConfig) -> Path:
         config.run_dir = str(Path(config.output_root) / name)
     _make_absolute(config)
     path = Path(config.run_dir)
-    if (path / CONFIG).exists():
+    failed_start = (path / CONFIG).exists() and not has_trained(path) and not _is_same(path, config)
+    if (path / CONFIG).exists() and not failed_start:
         if not (path / _RECORD).exists():
             print(f"warning: {path / _RECORD} was missing; the run gets a new id", file=sys.stderr)
             _write_record(path, config)
@@ -70,12 +73,14 @@ def create(config: RunConfig) -> Path:
             (path / "DONE").unlink(missing_ok=True)  # it is longer now
         return path
     names = {p.name for p in path.iterdir() if not p.name.startswith(".")} if path.exists() else set()
-    if _RECORD in names and names - _BEGUN:
+    if failed_start:
+        print(f"{path}: a start with another configuration trained nothing; made anew", file=sys.stderr)
+    elif _RECORD in names and names - _BEGUN:
         print(f"warning: {path / CONFIG} was missing; it is written anew from this command line", file=sys.stderr)
     elif names - _BEGUN:
         raise UserError(f"run_dir={path} exists and is no run directory; choose another")
     path.mkdir(parents=True, exist_ok=True)
-    if not (path / _RECORD).exists():
+    if failed_start or not (path / _RECORD).exists():
         _write_record(path, config)
     configuration.save(config, path / CONFIG)
     return path
@@ -135,6 +140,21 @@ def _require_same_models(old: RunConfig, new: RunConfig, known: dict[str, str]) 
                 f"{name}.path={after} is another model (fingerprint {seen}) than the run began with ({known[name]}, "
                 f"from {before}); name the folder that one has moved to, or another run_dir for a new run"
             )
+
+
+def has_trained(path: Path) -> bool:
+    """Whether a run directory holds a step's result: a metric, a checkpoint, an export."""
+    metrics = path / "metrics.jsonl"
+    found = [path / "DONE", path / "export", *(path / "checkpoints").glob("*")]
+    return any(file.exists() for file in found) or metrics.is_file() and metrics.stat().st_size > 0
+
+
+def _is_same(path: Path, config: RunConfig) -> bool:
+    try:
+        _require_same(configuration.read(path / CONFIG), config, path)
+    except UserError:
+        return False
+    return True
 
 
 def _require_same(old: RunConfig, new: RunConfig, path: Path) -> None:

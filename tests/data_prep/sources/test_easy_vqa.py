@@ -153,7 +153,7 @@ def test_caption_styles():
         (["source=easy_vqa", "rooot=x"], "unknown configuration key rooot; did you mean root?"),
         (["source=easy_vqa", "workers=many"], "configuration key workers: .*'many'"),
         (["source=easy_vqa", "task=3/3"], "task=3/3: write i/n"),
-        (["source=easy_vqa", "options.on_error=skip"], "on_error=skip: choose fail or drop"),
+        (["source=easy_vqa", "options.on_error=skip"], "on_error=skip: choose one of fail, drop"),
         (["source=webdataset"], "configuration key source.path: Missing mandatory value"),
         (["source=capsfusion", "source.samples=many"], "configuration key source.samples: Value 'many'"),
         (["source=llava_mix665k", "source.samples_per_shard=0"], "source.samples_per_shard=0: at least 1"),

@@ -226,11 +226,11 @@ def test_a_worker_that_dies_is_one_clear_message(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (Options(on_error="skip"), "options.on_error=skip: choose fail or drop"),
-        (Options(max_drop_fraction=1.5), "options.max_drop_fraction=1.5: a share"),
+        (Options(on_error="skip"), "options.on_error=skip: choose one of fail, drop"),
+        (Options(max_drop_fraction=1.5), "options.max_drop_fraction=1.5: must be at least 0"),
         (Options(shrink=1), "options.shrink=1: at least options.min_side=2"),
-        (Options(jpeg_quality=0), "options.jpeg_quality=0: 1 to 100"),
-        (Options(max_length=9), "options.max_length is in tokens and needs options.tokenizer"),
+        (Options(jpeg_quality=0), "options.jpeg_quality=0: must be at least 1"),
+        (Options(max_length=9), "options.max_length=9: is in tokens and needs options.tokenizer"),
     ],
 )
 def test_impossible_options(tmp_path, options, message):

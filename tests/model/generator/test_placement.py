@@ -1,5 +1,6 @@
 import pytest
 
+from common.errors import ConfigError
 from model.config import GeneratorConfig, parse_types
 from model.generator.placement import place, placed_layers
 from tests.model.parts import decoder
@@ -59,7 +60,7 @@ def test_types_may_be_written_three_ways(types):
     assert parse_types(types) == ("q", "k", "v", "o", "m")
 
 
-@pytest.mark.parametrize("types", ["qx", "qq", "", []])
+@pytest.mark.parametrize("types", ["qx", "qq", "", [], 0, None, {"q": 1}, [["q"]], float("nan")])
 def test_bad_types_are_refused(types):
-    with pytest.raises(ValueError, match=r"generator\.types"):
+    with pytest.raises(ConfigError, match=r"generator\.types"):
         parse_types(types)

@@ -93,6 +93,7 @@ def test_kernels_without_their_package_are_refused_before_anything_is_loaded():
 def test_batch_must_divide_among_ranks_and_micro_batches():
     config = composed("data.batch_size=24", "engine.micro_batch_size=6")
     assert accumulation(config, 2) == 2
+    assert accumulation(config, 4) == accumulation(config, 8) == 1  # a share of 3 is below the most
     with pytest.raises(ConfigError, match="do not divide among 5 ranks"):
         accumulation(config, 5)
     with pytest.raises(ConfigError, match="8 samples each, which engine.micro_batch_size=6"):

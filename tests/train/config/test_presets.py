@@ -15,8 +15,10 @@ from train.config.presets import CONF
 PARTS = ("llm", "vision", "generator", "connector", "engine", "launch", "stage", "tracking")
 LLMS = [file.stem for file in sorted((CONF / "llm").glob("*.yaml"))]
 RECIPES = [str(file.relative_to(CONF / "recipe").with_suffix("")) for file in sorted((CONF / "recipe").rglob("*.yaml"))]
-# Of the parts, a recipe names only how it shows its images: the encoder's file wins where it says so itself.
-OF_A_RECIPE = {"data", "stage", "optim", "checkpoint", "tracking", "evaluation", "vision.image_mode"}
+# Of the parts, a recipe names only how it shows its images, where the encoder's file does not say so itself, and how
+# its batch is cut.
+OF_A_RECIPE = {"data", "stage", "optim", "checkpoint", "tracking", "evaluation"}
+OF_A_RECIPE |= {"vision.image_mode", "engine.micro_batch_size"}
 
 
 def tree(*overrides: str, conf: Path = CONF) -> DictConfig:
