@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from common.errors import ConfigError
 from data_prep import __main__ as entry
 from data_prep.sources.easy_vqa import CAPTIONS, COLORS, SHAPES, EasyVQA, Facts, answer_type, captions, facts
 from data_prep.store.errors import DataError
@@ -165,5 +166,5 @@ def test_caption_styles():
 )
 def test_bad_command_lines(arguments, message, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["data_prep", *arguments, f"root={tmp_path}"])
-    with pytest.raises(DataError, match=message):
+    with pytest.raises((ConfigError, DataError), match=message):
         entry.main()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.errors import ConfigError
 from data_prep.prepare import Options, Task, prepare
 from data_prep.store.errors import CorruptShardError, DataError
 from data_prep.store.manifest import MANIFEST
@@ -234,5 +235,5 @@ def test_a_worker_that_dies_is_one_clear_message(tmp_path):
     ],
 )
 def test_impossible_options(tmp_path, options, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(ConfigError, match=message):
         prepare(Numbers(), tmp_path, options)

@@ -55,7 +55,7 @@ def test_the_papers_generator_is_the_papers_with_any_llm() -> None:
 
 
 def test_a_preset_of_the_engine_is_not_overridden_by_a_recipe() -> None:
-    expected = tree("engine=a100", "llm=vicuna_7b").engine
+    expected = tree("engine=a100", "llm=vicuna_7b", "engine.micro_batch_size=null").engine
     assert all(tree("engine=a100", f"llm={llm}").engine == expected for llm in ("smollm2_135m", "tiny"))
 
 
