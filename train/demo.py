@@ -23,7 +23,7 @@ import psutil
 import torch
 
 from common.errors import UserError, run_cli
-from common.files import write_atomically
+from common.files import read_json, write_json
 from model.connectors import CONNECTORS
 from train.config import DTYPES
 from train.process import launch
@@ -64,6 +64,9 @@ def _memory(process: psutil.Process) -> int:
         return 0
 
 
+_REMEDY = "remove it, and start the demo again: finished stages are kept"
+
+
 class Steps:
     """Runs commands and keeps what each cost in `steps.json`.
 
@@ -73,7 +76,7 @@ class Steps:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.costs: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.exists() else {}
+        self.costs: dict[str, dict[str, float]] = read_json(file, _REMEDY) if file.exists() else {}
 
     def run(self, name: str, *arguments: str) -> None:
         """Run `python -m arguments...` once.
@@ -106,7 +109,7 @@ class Steps:
             "peak_gb": peak / 1e9,
         }
         self.costs[name] = cost
-        self.file.write_text(json.dumps(self.costs, indent=1))
+        write_json(self.file, self.costs)
         print(f"== {name}: {cost['seconds']:.0f} s, {cost['core_seconds']:.0f} core-s", flush=True)
 
 
@@ -160,9 +163,9 @@ def precision(out: Path) -> str:
         seconds = {name: min(_product_seconds(dtype) for _ in range(3)) for name, dtype in DTYPES.items()}
         # What is not a product costs the same or more in bf16, so it has to win clearly.
         chosen = "bf16" if seconds["bf16"] < 0.8 * seconds["fp32"] else "fp32"
-        write_atomically(file, json.dumps({"chosen": chosen, "product_seconds": seconds}, indent=1))
+        write_json(file, {"chosen": chosen, "product_seconds": seconds})
         print(f"precision: {chosen} (products: fp32 {seconds['fp32']:.3f} s, bf16 {seconds['bf16']:.3f} s)", flush=True)
-    return json.loads(file.read_text())["chosen"]
+    return read_json(file, _REMEDY)["chosen"]
 
 
 def _product_seconds(dtype: torch.dtype, tokens: int = 1024, width: int = 576, inner: int = 1536) -> float:
@@ -196,7 +199,7 @@ def _connector(connector: str, arguments: argparse.Namespace, steps: Steps, out:
         limit = [f"max_samples={questions}"] if questions else []
         name = f"evaluate {connector}" + ("" if images == "real" else ", wrong image")
         steps.run(name, "train.evaluate", f"run={runs['finetune']}", f"images={images}", *limit)
-        evaluation[images] = json.loads((runs["finetune"] / "evaluation" / f"test-{images}.json").read_text())
+        evaluation[images] = read_json(runs["finetune"] / "evaluation" / f"test-{images}.json", _REMEDY)
     return {"runs": runs, "evaluation": evaluation}
 
 

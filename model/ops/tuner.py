@@ -8,13 +8,14 @@ and the fused form pays from about 97 %, so guessing would lose more often than 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from common.files import read_json, write_json
 
 PAYS = 0.97
 """Least speed of the fused GEMM relative to the hybrid form's cuBLAS GEMM at which it is used."""
@@ -37,7 +38,7 @@ def table_path(device_name: str) -> Path:
 
 @lru_cache(maxsize=8)
 def _table(path: Path) -> dict[str, dict]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(path, "remove it, and measure again with python -m model.ops.tuner") if path.exists() else {}
 
 
 def key(tokens: int, n: int, d: int, r: int, dtype: torch.dtype) -> str:
@@ -83,7 +84,7 @@ def main() -> None:
         table[key(tokens, n, d, r, torch.bfloat16)] = row
         print(f"{tokens} x {n} x {d} r {r}: {row['ratio']:.3f} of the hybrid form's speed, tile {row['tile']}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(table, indent=1))
+    write_json(path, table)
     print(path)
 
 

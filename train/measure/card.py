@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from common.files import write_atomically
+from common.files import read_json, write_atomically
+from common.markdown import plain
 from train import config as configuration
 from train.config import RunConfig
 
@@ -39,8 +41,12 @@ def write(run_dir: Path, folder: Path) -> None:
     config = configuration.load(run_dir / "config.yaml")
     record, facts = _read(run_dir / "run.json"), _read(run_dir / "facts.json")
     described = _read(folder / "config.json")
-    lines = [_FRONT, f"# {run_dir.name}", "", _what(config), ""]
-    lines += ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in _training(config, record, facts))]
+    lines = [_FRONT, f"# {plain(run_dir.name)}", "", _what(config), ""]
+    lines += [
+        "| | |",
+        "| --- | --- |",
+        *(f"| {key} | {plain(value)} |" for key, value in _training(config, record, facts)),
+    ]
     lines += [
         "",
         "## Parts",
@@ -52,7 +58,7 @@ def write(run_dir: Path, folder: Path) -> None:
         base = part.get("base") or part
         where = "trained here, in this folder" if part.get("base") else "not changed, not in this folder"
         source = Path(base["path"]).name if Path(base["path"]).is_absolute() else base["path"]
-        lines.append(f"| {name} | {source} | {base['fingerprint']} | {where} | {licence(base['path'])} |")
+        lines.append(f"| {name} | {plain(source)} | {base['fingerprint']} | {where} | {licence(base['path'])} |")
     lines += ["", *_scores(run_dir), _USE.format(name=folder, question=_question(run_dir))]
     write_atomically(folder / "README.md", "\n".join(lines))
 
@@ -127,12 +133,12 @@ def _scores(run_dir: Path) -> list[str]:
 
 def _question(run_dir: Path) -> str:
     for file in sorted((run_dir / "evaluation").glob("*.jsonl")) + sorted((run_dir / "samples").glob("*.jsonl")):
-        with file.open() as lines:
-            first = json.loads(next(iter(lines), "{}"))
-        if first.get("question"):
-            return str(first["question"]).replace('"', "'")
+        with suppress(OSError, ValueError, AttributeError):  # an example only: a damaged file has none
+            first = json.loads(file.read_text(encoding="utf-8").partition("\n")[0] or "{}")
+            if first.get("question"):
+                return " ".join(str(first["question"]).split()).translate({ord('"'): "'", ord("`"): "'"})
     return "what does the image show?"
 
 
 def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_json(file, "remove it, or start the run again") if file.is_file() else {}
