@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -23,6 +24,8 @@ class ConfigError(UserError):
 
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run a command's `main` and exit with its code; see `report_errors`."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a locale without a letter of a path or a text must end nothing
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(report_errors(main))
 
 

@@ -21,7 +21,10 @@ def main() -> int:
         settings.build_task(),
         settings.workers,
         progress=sys.stderr.isatty(),
+        overwrite=settings.overwrite,
     )
+    for wrong in result.damaged:
+        print(f"{wrong}: its shard was made anew")
     for split in result.manifests:
         # Also where a process was killed between manifest and report.
         if split in result.made or not (folder / split / report.REPORT).is_file():

@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data_prep.division import Divided, check_fractions
 from data_prep.prepare import Options, Source, Task
 from data_prep.sources.capsfusion import CapsFusion
 from data_prep.sources.easy_vqa import EasyVQA
@@ -42,6 +43,9 @@ class PrepareConfig:
         source: `kind` (a key of `SOURCES`) and the fields of that reader's dataclass.
         root: Prepared data goes to `<root>/<name>/<split>`.
         name: Name of the prepared data set; default that of `source=NAME`.
+        val_fraction, test_fraction: Shares of the split `train` that become `val` and `test`, by image; null: as the
+            source has it.
+        overwrite: Replace data of this name that were made from something else.
         workers: Processes on this machine.
         task: `i/n`, the part of a job array that this process is.
         options: Checks and policy.
@@ -51,6 +55,9 @@ class PrepareConfig:
     source: dict[str, Any]
     root: str
     name: str
+    val_fraction: float | None = None
+    test_fraction: float | None = None
+    overwrite: bool = False
     workers: int = 1
     task: str = "0/1"
     options: Options = field(default_factory=Options)
@@ -66,8 +73,14 @@ class PrepareConfig:
         for key in ("samples", "samples_per_shard"):
             if isinstance(values.get(key), int) and values[key] < 1:
                 raise DataError(f"source.{key}={values[key]}: at least 1")
+        shares = {"val_fraction": self.val_fraction, "test_fraction": self.test_fraction}
+        check_fractions(*(share or 0.0 for share in shares.values()))
+        own = {f.name for f in fields(kind)}  # some sources divide themselves
+        values |= {name: share for name, share in shares.items() if name in own and share is not None}
+        rest = {name.removesuffix("_fraction"): share for name, share in shares.items() if name not in own and share}
         try:
-            return cast(Source, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values)))
+            source = cast(Source, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values)))
+            return Divided(source, **rest) if rest else source
         except OmegaConfBaseException as error:
             raise _explain(error, [f"source.{f.name}" for f in fields(kind)], "source.") from error
 

@@ -21,14 +21,13 @@ from tqdm import tqdm
 from common.errors import ConfigError
 from common.files import digest, write_atomically
 from common.settings import check, setting
+from data_prep.existing import complete, damaged, refuse_others
 from data_prep.store.errors import DataError
 from data_prep.store.images import MAX_PIXELS, shrink
 from data_prep.store.manifest import (
-    MANIFEST,
     Manifest,
     Shard,
     build_manifest,
-    read_manifest,
     read_receipt,
     write_manifest,
 )
@@ -114,11 +113,13 @@ class Task:
 
 @dataclass
 class Result:
-    """What `prepare` did: manifests of complete splits, and splits that wait for other tasks."""
+    """What `prepare` did: manifests of complete splits, splits that wait for other tasks, and what was wrong with the
+    shards that were damaged and made anew."""
 
     manifests: dict[str, Manifest] = field(default_factory=dict)
     made: list[str] = field(default_factory=list)
     waiting: dict[str, int] = field(default_factory=dict)
+    damaged: list[str] = field(default_factory=list)
 
 
 def prepare(
@@ -128,6 +129,7 @@ def prepare(
     task: Task | None = None,
     workers: int = 1,
     progress: bool = False,
+    overwrite: bool = False,
 ) -> Result:
     """Prepare all splits of `source` under `folder` (`<root>/<dataset>`).
 
@@ -138,9 +140,11 @@ def prepare(
         task: The units to work on; default all.
         workers: Processes.
         progress: Whether to show a bar.
+        overwrite: Whether data that are there and were made from something else may be replaced.
 
     Raises:
-        DataError: a bad record under `on_error=fail`, or more than `max_drop_fraction` of a split dropped.
+        DataError: such data, a bad record under `on_error=fail`, more than `max_drop_fraction` of a split dropped, or a
+            split without a sample.
     """
     options, task = options or Options(), task or Task()
     check(options, "options.")
@@ -149,15 +153,17 @@ def prepare(
     made_from = {**source.made_from(), "options": fixed, "schema_version": SCHEMA_VERSION}
     key = digest(made_from)
     units = _plan(source, folder, key)
+    for split in units:
+        refuse_others(folder / split, made_from, overwrite)
     result = Result()
-    stale = {split for split in units if not _is_complete(folder / split, key)}
     # Every n-th of all units, finished or not: tasks that start at different times must share them out alike.
     jobs = [(split, number, unit) for split, listed in units.items() for number, unit in enumerate(listed)]
-    todo = [
-        (split, number, unit)
-        for split, number, unit in jobs[task.index :: task.count]
-        if split in stale and not _is_finished(folder / split, number, key)
-    ]
+    mine = jobs[task.index :: task.count]
+    result.damaged = list(damaged(folder, [job[:2] for job in mine], key, workers).values())
+    finished = {split: complete(folder / split, key) for split in units}
+    # A split whose manifest is there and that lacks a shard all the same has lost it.
+    todo = [job for job in mine if not _is_finished(folder / job[0], job[1], key)]
+    stale = {split for split in units if finished[split] is None} | {split for split, _, _ in todo}
     work = partial(make_shard, source, folder, options, key)
     with tqdm(total=len(todo), unit="shard", disable=not progress, desc="prepare") as bar:
         samples = dropped = 0
@@ -168,15 +174,20 @@ def prepare(
             bar.set_postfix(samples=samples, dropped=dropped, samples_s=f"{rate:.0f}")
             bar.update()
     for split, listed in units.items():
-        if split not in stale:
-            result.manifests[split] = read_manifest(folder / split)
-            _check_drops(result.manifests[split], options)
+        if split not in stale and (kept := finished[split]) is not None:
+            _check_drops(kept, options)
+            result.manifests[split] = kept
             continue
         found = [read_receipt(folder / split, number) for number in range(len(listed))]
         shards = [shard for shard in found if shard is not None and shard.made_from == key]
         if missing := len(listed) - len(shards):
             result.waiting[split] = missing
             continue
+        if not any(shard.samples or shard.dropped for shard in shards):
+            raise DataError(
+                f"{folder / split}: no sample; "
+                + ("the source is empty" if split == "train" else "make its share larger (val_fraction, test_fraction)")
+            )
         manifest = build_manifest(folder / split, shards, folder.name, split, made_from)
         _check_drops(manifest, options)
         write_manifest(folder / split, manifest)
@@ -188,13 +199,15 @@ def prepare(
 def _plan(source: Source, folder: Path, key: str) -> dict[str, list[Any]]:
     """The source's plan, from `plan.json` where one of the tasks has made it before."""
     file = folder / PLAN
-    if file.is_file():
-        kept = json.loads(file.read_text())
-        if kept["made_from"] == key:
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept["made_from"] == key and kept["checksum"] == digest(kept["units"]):
             return kept["units"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        pass  # none, of other data, or damaged: it is made again
     units = source.plan()
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps({"made_from": key, "units": units}) + "\n")
+    write_atomically(file, json.dumps({"made_from": key, "units": units, "checksum": digest(units)}) + "\n")
     return units
 
 
@@ -250,12 +263,6 @@ def _run(work: Any, todo: list[tuple[str, int, Any]], workers: int) -> Iterator[
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def _is_complete(folder: Path, key: str) -> bool:
-    if not (folder / MANIFEST).is_file():
-        return False
-    return digest(read_manifest(folder).made_from) == key
 
 
 def _is_finished(folder: Path, number: int, key: str) -> bool:

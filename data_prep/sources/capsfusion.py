@@ -89,7 +89,7 @@ class CapsFusion:
         keys, urls = rows["key"].to_pylist(), rows["url"].to_pylist()
         inside = np.array([status == SUCCESS for status in statuses], dtype=bool)
         yield from _failures(statuses, rows["error_message"].to_pylist())
-        asked = json.loads(self._stats(shard).read_text()).get("count", len(keys))
+        asked = json.loads(self._stats(shard).read_text(encoding="utf-8")).get("count", len(keys))
         if asked > len(keys):
             yield Count("not fetched", "not in img2dataset's table", asked - len(keys))
         if last is not None:

@@ -182,7 +182,7 @@ class EasyVQA:
 
     def _questions(self, part: str) -> dict[int, list[tuple[str, str]]]:
         grouped: dict[int, list[tuple[str, str]]] = {}
-        for question, answer, number in json.loads(self._questions_file(part).read_text()):
+        for question, answer, number in json.loads(self._questions_file(part).read_text(encoding="utf-8")):
             grouped.setdefault(number, []).append((question, answer))
         return grouped
 

@@ -294,6 +294,6 @@ def _settings(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise DataError(f"{file} is missing: the encoder's folder must hold its image processor's settings")
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{file} cannot be read ({error}); copy it again") from error

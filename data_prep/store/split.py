@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from common.files import file_sha256
 from data_prep.store.errors import CorruptShardError, DataError
-from data_prep.store.manifest import read_manifest
+from data_prep.store.manifest import AGAIN, read_array, read_manifest
 from data_prep.store.sample import ARROW, INDEX, INDEX_FILE, WITHOUT_REFERENCES, Sample
 
 OPEN_SHARDS = 256
@@ -101,7 +101,7 @@ class Split:
                 self._sound.add(number)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise CorruptShardError(
-                f"shard {file} is corrupt ({error}); compare it with the sha256 in the manifest, and prepare it again",
+                f"shard {file} is corrupt ({error}); {AGAIN}",
                 file,
                 shard["samples"],
             ) from error
@@ -158,15 +158,38 @@ class Split:
             self._open(number)
 
     def index(self) -> np.ndarray:
-        """`INDEX` records of all samples, memory-mapped: shared by all processes of a machine."""
+        """`INDEX` records of all samples, memory-mapped: shared by all processes of a machine.
+
+        Raises:
+            DataError: its file is damaged.
+        """
         if self._index is None:
-            if (file := self.folder / INDEX_FILE).is_file() and len(self):
-                self._index = np.load(file, mmap_mode="r", allow_pickle=False)
-            if self._index is None or len(self._index) != len(self):  # prepared before there was such a file
+            file = self.folder / INDEX_FILE
+            if file.exists():
+                found = read_array(file, INDEX)
+                if self.manifest.index and file_sha256(file) != self.manifest.index:
+                    raise DataError(f"{file} is damaged: it is not what was written (sha256); {AGAIN}")
+            else:  # prepared before there was such a file, or lost: it holds nothing else
                 files = [self.folder / Path(shard["file"]).with_suffix(".npy") for shard in self.manifest.shards]
-                parts = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
-                self._index = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, INDEX), *parts])
+                found = np.concatenate([np.empty(0, INDEX), *(read_array(each, INDEX) for each in files)])
+            sums = [len(found), int(found["images"].sum()), int(found["dialogues"].sum())]
+            if sums != [self.manifest.samples, self.manifest.images, self.manifest.dialogues]:
+                raise DataError(f"{file} is damaged: its sums are not the manifest's; {AGAIN}")
+            self._index = found
         return self._index
+
+    def image_hashes(self) -> np.ndarray:
+        """The first 8 bytes of the sha256 of every image of the shards that can be read, uint64, in order.
+
+        Raises:
+            DataError: a file of them is damaged.
+        """
+        shards = [shard for number, shard in enumerate(self.manifest.shards) if number not in self.corrupt()]
+        files = [self.folder / Path(shard["file"]).with_suffix(".hashes.npy") for shard in shards]
+        found = [read_array(file, np.dtype("<u8")) for file in files]
+        if not self.corrupt() and sum(map(len, found)) != self.manifest.images:
+            raise DataError(f"{self.folder}: the .hashes.npy files are not of its images; {AGAIN}")
+        return np.concatenate([np.empty(0, "<u8"), *found])
 
     def verify(self) -> None:
         """Read every shard and compare its sha256 with the manifest.
@@ -177,9 +200,10 @@ class Split:
         for shard in self.manifest.shards:
             if (got := file_sha256(self.folder / shard["file"])) != shard["sha256"]:
                 raise DataError(
-                    f"shard {self.folder / shard['file']}: expected sha256 {shard['sha256']}, got {got}; "
-                    "delete its .json receipt and the manifest, and prepare the data again"
+                    f"shard {self.folder / shard['file']}: expected sha256 {shard['sha256']}, got {got}; {AGAIN}"
                 )
+        self.index()
+        self.image_hashes()
 
 
 def _check_size(folder: Path, shard: dict[str, Any]) -> None:
@@ -188,8 +212,7 @@ def _check_size(folder: Path, shard: dict[str, Any]) -> None:
     if size != shard["bytes"]:
         found = "it is missing" if size is None else f"it has {size} bytes"
         raise CorruptShardError(
-            f"shard {file} should have {shard['bytes']} bytes, {found}; "
-            "delete its .json receipt and the manifest, and prepare the data again",
+            f"shard {file} should have {shard['bytes']} bytes, {found}; {AGAIN}",
             file,
             shard["samples"],
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -14,8 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from common.files import digest, file_sha256, sync, write_atomically
-from data_prep.store.manifest import Manifest, Shard, build_manifest, write_manifest
+from common.files import digest, file_sha256, sync
+from data_prep.store.manifest import Manifest, Shard, build_manifest, write_manifest, write_receipt
 from data_prep.store.sample import ARROW, INDEX, MAX_EXAMPLES, ROWS_PER_BATCH, Dropped, Sample, shard_stem
 
 
@@ -86,9 +85,11 @@ class ShardWriter:
             self._temporary.unlink()
             return
         index = np.array(self._index, dtype=INDEX)
-        np.save(self.folder / f"{self.stem}.npy", index)
-        np.save(self.folder / f"{self.stem}.hashes.npy", np.array(self._hashes, dtype="<u8"))
         receipt = self.receipt
+        for end, values in ((".npy", index), (".hashes.npy", np.array(self._hashes, dtype="<u8"))):
+            np.save(file := self.folder / f"{self.stem}{end}", values)
+            sync(file)
+            receipt.beside[end] = file_sha256(file)
         receipt.samples = len(index)
         receipt.images = int(index["images"].sum())
         receipt.dialogues = int(index["dialogues"].sum())
@@ -99,7 +100,7 @@ class ShardWriter:
         receipt.content = self._content.hexdigest()
         sync(self._temporary)
         self._temporary.replace(self.folder / receipt.file)
-        write_atomically(self.folder / f"{self.stem}.json", json.dumps(asdict(receipt), indent=1) + "\n")
+        write_receipt(self.folder, receipt)
 
 
 def write_split(

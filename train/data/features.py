@@ -115,9 +115,7 @@ def image_key(data: bytes) -> np.uint64:
 
 def split_keys(split: Split) -> np.ndarray:
     """Sorted keys of the different images of a split's readable shards, from the hashes kept beside them."""
-    shards = [shard for number, shard in enumerate(split.manifest.shards) if number not in split.corrupt()]
-    files = [split.folder / Path(shard["file"]).with_suffix(".hashes.npy") for shard in shards]
-    return np.unique(np.concatenate([np.empty(0, "<u8"), *(np.load(file, allow_pickle=False) for file in files)]))
+    return np.unique(split.image_hashes())
 
 
 def ensure_feature_cache(
