@@ -1,4 +1,4 @@
-# Every target makes its own .venv when it is missing or requirements.txt is newer, and reuses it otherwise.
+# Every target makes its own .venv when it is missing or a requirements file is newer, and reuses it otherwise.
 PYTHON ?= python3.11
 OUT ?= outputs/demo
 CONNECTORS ?= vlora
@@ -6,7 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: venv demo compare kernels sweep test chaos test-slurm check clean
+.PHONY: help venv demo compare kernels sweep test chaos test-slurm check clean
+
+help:                             ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
 venv: $(VENV)/.installed          ## the environment alone
 
@@ -55,10 +58,10 @@ clean:                            ## remove the environment, caches and outputs
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache outputs multirun
 
 # torch first: DeepSpeed's build looks for it.
-$(VENV)/.installed: requirements.txt
+$(VENV)/.installed: requirements.txt requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile $$(grep -o '^torch==[^ ]*' requirements.txt)
-	$(BIN)/pip install --quiet --no-compile -r requirements.txt
+	$(BIN)/pip install --quiet --no-compile -r requirements-dev.txt
 	touch $@
 
 # The kernels' proofs need Triton, which a CUDA build of torch brings along and a CPU build does not.

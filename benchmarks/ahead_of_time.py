@@ -52,15 +52,19 @@ class NamedTarget:
         self.target = GPUTarget("cuda", capability, 32)
 
     def get_current_target(self) -> GPUTarget:
+        """See `triton.backends.driver`, as for the others."""
         return self.target
 
     def get_current_device(self) -> int:
+        """The first."""
         return 0
 
     def get_current_stream(self, device: int | None = None) -> int:
+        """The default one."""
         return 0
 
     def get_active_torch_device(self) -> torch.device:
+        """Nothing is allocated."""
         return torch.device("meta")
 
 

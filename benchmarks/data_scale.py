@@ -262,6 +262,7 @@ def resume(out: Path, tokenizer: str, batch_size: int, group_by: str, steps: int
 
 
 def main() -> None:
+    """Print one JSON object per part."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--samples", type=int, default=1_000_000)

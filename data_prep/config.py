@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
@@ -13,6 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from common import places
 from data_prep.division import Divided, check_fractions
 from data_prep.prepare import Options, Source, Task
 from data_prep.sources.capsfusion import CapsFusion
@@ -23,7 +23,7 @@ from data_prep.sources.synthetic import Synthetic
 from data_prep.sources.webdataset import WebDataset
 from data_prep.store.errors import DataError
 
-CONF = Path(__file__).resolve().parent.parent / "conf" / "data_prep"
+CONF = places.CONF / "data_prep"
 SOURCES: dict[str, type] = {
     "capsfusion": CapsFusion,
     "easy_vqa": EasyVQA,

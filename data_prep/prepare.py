@@ -114,7 +114,8 @@ class Task:
 @dataclass
 class Result:
     """What `prepare` did: manifests of complete splits, splits that wait for other tasks, and what was wrong with the
-    shards that were damaged and made anew."""
+    shards that were damaged and made anew.
+    """
 
     manifests: dict[str, Manifest] = field(default_factory=dict)
     made: list[str] = field(default_factory=list)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from common import places
 from common.errors import UserError, run_cli
 from common.files import read_json, write_json
 from train.cluster import slurm
@@ -31,7 +32,8 @@ def prepare(folder: Path, stage: str, overrides: list[str], workers: int) -> Pat
     run = folder / stage
     init = [] if stage == "pretrain" else [f"init_from='{folder / 'pretrain'}'"]
     settings = ["launch=slurm", f"launch.workers={workers}", f"stage={stage}", f"run_dir='{run}'", *init]
-    if subprocess.run([sys.executable, "-m", "train", *settings, *overrides], cwd=slurm.ROOT).returncode:
+    command = [sys.executable, "-m", "train", *settings, *overrides]
+    if subprocess.run(command, cwd=places.checkout("a chain of jobs")).returncode:
         raise UserError(f"nothing is submitted: the configuration of {stage} was refused; see above")
     return run
 

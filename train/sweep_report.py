@@ -18,6 +18,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from common import places
 from common.errors import UserError, run_cli
 from common.files import read_json, write_atomically
 from common.markdown import plain
@@ -201,7 +202,7 @@ def main() -> int:
         for row in rows:
             if row["state"] == "finished" and row["accuracy"] is None:
                 command = [sys.executable, "-m", "train.evaluate", f"run={folder / str(row['point'])}", *limit]
-                if subprocess.run(command, cwd=slurm.ROOT).returncode:
+                if subprocess.run(command, cwd=places.CHECKOUT).returncode:
                     raise UserError(f"point {row['point']} could not be scored; the reason stands above")
         rows = collect(folder)
     path = write(folder, rows)

@@ -13,7 +13,6 @@ import argparse
 import errno
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from common import places
 from data_prep.store.errors import DataError
 
 CONVERSION = 1
@@ -118,8 +118,8 @@ PARTS = {
 
 
 def cache_dir() -> Path:
-    """The cache: `$VLORA_CACHE`, or `.cache` of the repository."""
-    return Path(os.environ.get("VLORA_CACHE") or Path(__file__).resolve().parents[2] / ".cache")
+    """See `common.places.cache`."""
+    return places.cache()
 
 
 def path(name: str, cache: Path | None = None) -> Path:

@@ -25,7 +25,8 @@ _SHARD_FILE = re.compile(r"shard-\d{5,}\.arrow")
 @dataclass
 class Shard:
     """Receipt of one finished shard. `sha256` is of the Arrow file, `content` of the samples alone; `beside` has the
-    sha256 of the shard's other files by their suffix (none in receipts of earlier versions)."""
+    sha256 of the shard's other files by their suffix (none in receipts of earlier versions).
+    """
 
     file: str
     samples: int = 0

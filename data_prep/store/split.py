@@ -87,7 +87,8 @@ class Split:
 
     def _open(self, number: int) -> _OpenShard:
         """Shard `number`, opened, and on the first time checked as a whole, so that whether a shard is corrupt does
-        not depend on which of its samples is asked for."""
+        not depend on which of its samples is asked for.
+        """
         if number in self._opened:
             self._opened.move_to_end(number)
             return self._opened[number]

@@ -1,7 +1,7 @@
-"""Text templates: a dialogue as pieces of text, each marked as target or not.
+r"""Text templates: a dialogue as pieces of text, each marked as target or not.
 
 plain      the answer alone: captions
-qa         "Question: {q}\\nAnswer: {a}"
+qa         "Question: {q}\nAnswer: {a}"
 bare       "{q} {a}": the fewest tokens, for an LLM that is finetuned anyway
 vicuna_v1  Vicuna v1 as LLaVA-1.5 uses it
 llama2, llama3   of the Llama chat models

@@ -153,7 +153,8 @@ class PerceptualWeightsGenerator(nn.Module):
 
     def _init_paper(self) -> None:
         """As released: its init hook reaches Linear and LayerNorm only, so queries and positions stay N(0, 1) and the
-        attention's input projections stay PyTorch's Xavier (`mm_projector` of FeipengMa6/VLoRA)."""
+        attention's input projections stay PyTorch's Xavier (`mm_projector` of FeipengMa6/VLoRA).
+        """
         nn.init.normal_(self.keys.pos_embed)
         for stack in self.stacks:
             nn.init.normal_(stack.queries)
@@ -164,7 +165,8 @@ class PerceptualWeightsGenerator(nn.Module):
 
     def _init_stable(self) -> None:
         """Image-dependent from step 0: with unit-size queries the cross-attention output drowns and every image gets
-        nearly the same A (share 0.02 against 0.8 here). Each column of A starts with unit-order x A."""
+        nearly the same A (share 0.02 against 0.8 here). Each column of A starts with unit-order x A.
+        """
         nn.init.normal_(self.keys.pos_embed, std=0.02)
         for stack in self.stacks:
             nn.init.normal_(stack.queries, std=0.1)

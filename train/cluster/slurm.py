@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from common import places
 from common.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def command(script: str, arguments: Sequence[str], options: Mapping[str, Any]) -> list[str]:
@@ -35,13 +33,14 @@ def submit(words: Sequence[str]) -> str:
     """Submit a job with the site's profile loaded; returns its id.
 
     Raises:
-        UserError: no SLURM here, or it refuses the job.
+        UserError: no checkout or no SLURM here, or it refuses the job.
     """
-    site = os.environ.get("VLORA_SITE", str(ROOT / "slurm/site.sh"))
+    root = places.checkout("submitting to SLURM")
+    site = os.environ.get("VLORA_SITE", str(root / "slurm/site.sh"))
     # The profile is a shell file; the words never pass through the shell's parser.
     script = 'if [ -f "$1" ]; then source "$1"; fi; shift; exec "$@"'
     try:
-        done = subprocess.run(["bash", "-c", script, "_", site, *words], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(["bash", "-c", script, "_", site, *words], cwd=root, capture_output=True, text=True)
     except OSError as error:
         raise UserError(f"cannot run bash ({error})") from error
     if done.returncode == 127:

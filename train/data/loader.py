@@ -210,7 +210,8 @@ def loader_errors() -> Iterator[None]:
 
 def _end_when_stuck(worker: int) -> None:
     """In a loader process: a batch that cannot be handed over ends the process, and with it the run. Python's queue
-    would print the error and go on, and the rank would wait for that batch for ever."""
+    would print the error and go on, and the rank would wait for that batch for ever.
+    """
 
     def end(error: Exception, batch: object) -> None:
         print(f"error: loader process {worker} could not hand over a batch: {error}", file=sys.stderr, flush=True)

@@ -23,7 +23,8 @@ from train.config import OptimConfig, RunConfig, StageConfig
 
 def deepspeed_config(config: RunConfig, world_size: int, accumulation: int) -> dict[str, Any]:
     """DeepSpeed's JSON, every value spelled out: its "auto" silently turns into a default outside the HF Trainer,
-    and its default gradient clipping is 1.0."""
+    and its default gradient clipping is 1.0.
+    """
     engine = config.engine
     samples = config.data.batch_size // (world_size * accumulation)
     ds: dict[str, Any] = {
@@ -231,7 +232,8 @@ class Engine:
 
     def begin_micro_step(self, last: bool) -> None:
         """Say whether this is the step's last micro-step, where its number changes from step to step; before the
-        forward pass. Without it, each `accumulation` of them make a step."""
+        forward pass. Without it, each `accumulation` of them make a step.
+        """
         self._ds.set_gradient_accumulation_boundary(last)
 
     def forward(self, batch: Any) -> Any:

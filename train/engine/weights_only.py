@@ -27,7 +27,8 @@ class UnsafeCheckpoint(UserError):
 
 def _safe_globals() -> list[Any]:
     """What a checkpoint of ours holds besides tensors and plain containers: three plain classes without side effects,
-    tried with ZeRO 0 to 3 in both precisions."""
+    tried with ZeRO 0 to 3 in both precisions.
+    """
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

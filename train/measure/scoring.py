@@ -78,7 +78,8 @@ def accuracy(questions: list[Question], predictions: list[str]) -> dict[str, Acc
 
 def blind_predictions(questions: list[Question], training: Iterable[Question]) -> list[str]:
     """The best answer from the question text alone: its most frequent answer in training, ties by name; for a text
-    that training does not hold, the most frequent answer of all."""
+    that training does not hold, the most frequent answer of all.
+    """
     by_text: dict[str, Counter[str]] = defaultdict(Counter)
     overall: Counter[str] = Counter()
     for question in training:
