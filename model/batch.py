@@ -34,6 +34,8 @@ class Batch:
         image_to_sample: int64 [I].
         image_weight: Float [I], 1 for an image and 0 for the dummy.
         n_samples: S.
+        image_at: int64 [R, K], the column of `input_ids` in front of which each image of the row's sample stands, in
+            the order of `images`: where visual tokens go. -1: the row has no k-th image. None: all in front of the row.
         rows: Which sample's weights each row uses, `NO_SAMPLE` where the sample has no image: worked out here, on the
             host, once per batch.
     """
@@ -46,6 +48,7 @@ class Batch:
     image_to_sample: Tensor
     image_weight: Tensor
     n_samples: int
+    image_at: Tensor | None = None
     rows: Rows = None  # type: ignore[assignment]  # never None: worked out below where it is not given
 
     def __post_init__(self) -> None:

@@ -38,19 +38,35 @@ class Conditioning:
     tokens: Tensor | None = None
 
     def rows(self, batch: Batch) -> Tensor:
-        """Visual tokens of every text row [R, M, D], those of its sample's images in order; 0 where `row_mask` is 0."""
+        """Visual tokens of every text row [R, M, D], those of its sample's images in order; 0 where there is none."""
         assert self.tokens is not None
         images = _images_of_rows(batch)
         index = torch.tensor([[max(image, 0) for image in row] for row in images], device=self.tokens.device)
         real = torch.tensor([[image >= 0 for image in row] for row in images], device=self.tokens.device)
         return (self.tokens[index] * real[..., None, None].to(self.tokens.dtype)).flatten(1, 2)
 
-    def row_mask(self, batch: Batch) -> Tensor:
-        """int64 [R, M]: 1 where a text row has a visual token, 0 where others have more images."""
+    def layout(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """How visual tokens and text of each row stand among each other, and which of them are there.
+
+        Visual tokens stand in front of the text token that `batch.image_at` names, those that a row lacks in front of
+        all: a row's tokens follow each other without a gap (LLaVA's `prepare_inputs_labels_for_multimodal`).
+
+        Returns:
+            Order, int64 [R, M + L]: the entry of (visual tokens, text) at each position; and mask, int64 [R, M + L].
+        """
         assert self.tokens is not None
-        real = [[image >= 0 for image in row] for row in _images_of_rows(batch)]
-        mask = torch.tensor(real, dtype=torch.int64, device=batch.input_ids.device)
-        return mask.repeat_interleave(self.tokens.shape[1], 1)
+        device = batch.input_ids.device
+        real = torch.tensor([[image >= 0 for image in row] for row in _images_of_rows(batch)], device=device)
+        length = batch.input_ids.shape[1]
+        at = torch.zeros(real.shape, dtype=torch.int64, device=device)
+        if batch.image_at is not None:
+            at[:, : batch.image_at.shape[1]] = batch.image_at
+        # Twice the column, so that a visual token sorts between two text tokens.
+        visual = torch.where(real, 2 * at - 1, -2).repeat_interleave(self.tokens.shape[1], 1)
+        text = 2 * torch.arange(length, device=device).expand(len(visual), -1)
+        order = torch.cat([visual, text], dim=1).argsort(dim=1, stable=True)
+        there = real.long().repeat_interleave(self.tokens.shape[1], 1)
+        return order, torch.cat([there, batch.attention_mask], dim=1).gather(1, order)
 
 
 def _images_of_rows(batch: Batch) -> list[list[int]]:
@@ -216,7 +232,7 @@ class VLoRAConnector(Connector):
 
 
 class TokenConnector(Connector):
-    """Input space: N tokens per image, in the order of a sample's images, in front of the text.
+    """Input space: N tokens per image, at the image's place in the text (`Batch.image_at`).
 
     Attributes:
         projector: Module that maps features [I, P, V] to tokens [I, N, D].

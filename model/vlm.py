@@ -63,8 +63,8 @@ class Inputs:
 class VisionLanguageModel(nn.Module):
     """Image and text in, loss or text out.
 
-    The language model's input holds the text only with the connector `vlora`; with the others the visual tokens stand
-    in front of it. Text positions count the tokens that are really there, so padding never moves them.
+    The language model's input holds the text only with the connector `vlora`; with `mlp` and `qformer` the visual
+    tokens stand at the image's place. Positions count the tokens that are really there, so padding never moves them.
 
     Args:
         pack_tokens: `LLMConfig.pack_tokens`.
@@ -114,7 +114,8 @@ class VisionLanguageModel(nn.Module):
         inputs = self.inputs(batch, conditioning, self._packing(batch, conditioning) if self.pack_tokens else None)
         targets = batch.labels[:, 1:]
         supervised = targets != IGNORE
-        loss = self.decode(inputs, inputs.text[:, :-1][supervised], targets[supervised])
+        # A token is predicted where the one before it stands: the last visual token, for what follows an image.
+        loss = self.decode(inputs, inputs.text[:, 1:][supervised] - 1, targets[supervised])
         return Output(loss, int(supervised.sum()), conditioning.weights, inputs.positions, inputs.tokens)
 
     def inputs(self, batch: Batch, conditioning: Conditioning | None, packing: Packing | None = None) -> Inputs:
@@ -125,14 +126,13 @@ class VisionLanguageModel(nn.Module):
             conditioning: Of its images; None: text only.
             packing: Lays out the rows without padding; None: as they are.
         """
-        mask, offset = self._mask(batch, conditioning), 0
+        mask, order = self._layout(batch, conditioning)
         keywords: dict[str, Any] = {"input_ids": batch.input_ids}
-        if conditioning is not None and conditioning.tokens is not None:
-            visual = conditioning.rows(batch)
-            text = self.llm.get_input_embeddings()(batch.input_ids)
-            keywords = {"inputs_embeds": torch.cat([visual.to(text.dtype), text], dim=1)}
-            offset = visual.shape[1]
         at = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
+        if order is not None and conditioning is not None:
+            text = self.llm.get_input_embeddings()(batch.input_ids)
+            both = torch.cat([conditioning.rows(batch).to(text.dtype), text], dim=1)
+            keywords = {"inputs_embeds": both.gather(1, order[..., None].expand(-1, -1, both.shape[2]))}
         tokens, positions = mask.sum(), mask.numel()
         if packing is None:
             keywords |= {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
@@ -147,7 +147,9 @@ class VisionLanguageModel(nn.Module):
         if conditioning is not None and conditioning.weights is not None:
             rows = batch.rows if packing is None else packing.rows(batch.rows)
             keywords["perceptual_weights"] = conditioning.weights.for_rows(rows)
-        return Inputs(keywords, at[:, offset:], positions, tokens)
+        if order is not None:
+            at = at.gather(1, order.argsort(1)[:, -batch.input_ids.shape[1] :])
+        return Inputs(keywords, at, positions, tokens)
 
     def decode(self, inputs: Inputs, at: Tensor, targets: Tensor) -> Tensor:
         """Run the decoder, and the head at some of its positions only.
@@ -167,11 +169,12 @@ class VisionLanguageModel(nn.Module):
         hidden = self.llm.get_decoder()(**keywords, use_cache=False).last_hidden_state
         return self.llm.get_output_embeddings()(hidden.flatten(0, 1)[at], targets)
 
-    def _mask(self, batch: Batch, conditioning: Conditioning | None) -> Tensor:
-        """int64 [R, visual + L]: where the decoder's input holds a token."""
+    def _layout(self, batch: Batch, conditioning: Conditioning | None) -> tuple[Tensor, Tensor | None]:
+        """Where the decoder's input holds a token, and the order in which visual tokens and text stand in it."""
         if conditioning is None or conditioning.tokens is None:
-            return batch.attention_mask
-        return torch.cat([conditioning.row_mask(batch), batch.attention_mask], dim=1)
+            return batch.attention_mask, None
+        order, mask = conditioning.layout(batch)
+        return mask, order
 
     @property
     def _one_row(self) -> bool:
@@ -179,7 +182,7 @@ class VisionLanguageModel(nn.Module):
         return self.llm.config._attn_implementation == "flash_attention_2"
 
     def _packing(self, batch: Batch, conditioning: Conditioning) -> Packing:
-        mask = self._mask(batch, conditioning)
+        mask, _ = self._layout(batch, conditioning)
         return Packing.of(mask.cpu(), None if self._one_row else self.pack_tokens).to(mask.device)
 
     def checkpoint_layers(self) -> None:

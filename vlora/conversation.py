@@ -141,14 +141,16 @@ class Conversation:
             generation: As `generate` takes it (`max_new_tokens`, `do_sample`, `temperature`, `num_beams`, ...).
         """
         turns = [*self.dialogue, {"role": "user", "content": question}]
-        inputs = self.processor.batch([self.processor.text.encode_prompt(turns)], [[]]).to(self.model.device)
+        prompt = self.processor.text.prompt(turns, len(self._images))
+        inputs = self.processor.batch([prompt.input_ids], [[]]).to(self.model.device)
         options: dict[str, Any] = {"max_new_tokens": 256} | generation
         options["max_new_tokens"] += len(self.processor.text.answer_prefix)
         if self._kept(inputs["input_ids"], options):
             options["past_key_values"] = self._cache
         elif self._weights is None and self._pixels is not None:  # visual tokens stand in the input itself
             owners = torch.zeros(len(self._pixels), dtype=torch.int64)
-            inputs |= {"pixel_values": self._pixels, "image_to_row": owners}
+            at = owners + (prompt.image_at or (0,))[0]
+            inputs |= {"pixel_values": self._pixels, "image_to_row": owners, "image_at": at}
         self._begin_merge()
         if self._weights is not None and not self.merge:
             options["perceptual_weights"] = self._weights

@@ -236,6 +236,7 @@ class VLoRAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_to_row: Tensor | None = None,
+        image_at: Tensor | None = None,
         perceptual_weights: PerceptualWeights | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -249,7 +250,7 @@ class VLoRAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             position_ids: int64 [R, L]; none: counted by the mask.
             past_key_values: A cache of transformers.
             inputs_embeds: Float [R, L, D] in place of `input_ids`.
-            pixel_values, image_to_row: As `VLoRAProcessor` returns them.
+            pixel_values, image_to_row, image_at: As `VLoRAProcessor` returns them.
             perceptual_weights: What `perceive` made earlier, in place of `pixel_values`; row i uses sample i, and a
                 single sample serves every row.
             labels: int64 [R, L], -100 where there is no target; not shifted.
@@ -261,10 +262,10 @@ class VLoRAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self._check(pixel_values, perceptual_weights)
         loss = None
         if labels is not None:
-            output = self.model(self._batch(input_ids, attention_mask, pixel_values, image_to_row, labels))
+            output = self.model(self._batch(input_ids, attention_mask, pixel_values, (image_to_row, image_at), labels))
             loss = output.loss_sum / max(1, output.n_targets)
         if pixel_values is not None:
-            perceptual_weights, inputs = self._inputs(input_ids, attention_mask, pixel_values, image_to_row)
+            perceptual_weights, inputs = self._inputs(input_ids, attention_mask, pixel_values, (image_to_row, image_at))
             input_ids, inputs_embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
             attention_mask, position_ids = inputs["attention_mask"], inputs["position_ids"]
         if perceptual_weights is not None:
@@ -289,6 +290,7 @@ class VLoRAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         *,
         pixel_values: Tensor | None = None,
         image_to_row: Tensor | None = None,
+        image_at: Tensor | None = None,
         perceptual_weights: PerceptualWeights | None = None,
         **options: Any,
     ) -> Any:
@@ -304,7 +306,7 @@ class VLoRAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if perceptual_weights is not None:
                 options["perceptual_weights"] = perceptual_weights
             return super().generate(ids, generation_config, attention_mask=mask, **options)
-        weights, given = self._inputs(ids, mask, pixel_values, image_to_row)
+        weights, given = self._inputs(ids, mask, pixel_values, (image_to_row, image_at))
         if weights is not None:
             options["perceptual_weights"] = weights
         if "inputs_embeds" not in given:
@@ -358,14 +360,14 @@ class VLoRAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         ids: Tensor,
         mask: Tensor | None,
         pixel_values: Tensor | None,
-        image_to_row: Tensor | None,
+        places: tuple[Tensor | None, Tensor | None],
         labels: Tensor | None = None,
     ) -> Batch:
-        rows = len(ids)
+        rows, (image_to_row, image_at) = len(ids), places
         if pixel_values is None:
             size = self.encoder.image_size
             pixel_values = torch.zeros(1, 3, size, size, device=ids.device)
-            image_to_row, weight = torch.zeros(1, dtype=torch.int64), torch.zeros(1)
+            image_to_row, image_at, weight = torch.zeros(1, dtype=torch.int64), None, torch.zeros(1)
         else:
             weight = torch.ones(len(pixel_values))
             if image_to_row is None:
@@ -381,6 +383,7 @@ class VLoRAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             image_to_sample=image_to_row.cpu(),
             image_weight=weight,
             n_samples=rows,
+            image_at=None if image_at is None else _by_row(image_to_row, image_at, rows),
         )
         return batch.to(self.device, next(self.encoder.parameters()).dtype)
 
@@ -388,15 +391,24 @@ class VLoRAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         owners = torch.zeros(len(pixel_values), dtype=torch.int64) if image_to_row is None else image_to_row
         ids = torch.zeros(rows, 1, dtype=torch.int64)
         with torch.no_grad():
-            return self.model.condition(self._batch(ids, None, pixel_values, owners))
+            return self.model.condition(self._batch(ids, None, pixel_values, (owners, None)))
 
     def _inputs(
-        self, ids: Tensor, mask: Tensor | None, pixel_values: Tensor, image_to_row: Tensor | None
+        self, ids: Tensor, mask: Tensor | None, pixel_values: Tensor, places: tuple[Tensor | None, Tensor | None]
     ) -> tuple[PerceptualWeights | None, dict[str, Any]]:
-        batch = self._batch(ids, mask, pixel_values, image_to_row)
+        batch = self._batch(ids, mask, pixel_values, places)
         conditioning = self.model.condition(batch)
         inputs = self.model.inputs(batch, conditioning).keywords
         return inputs.pop("perceptual_weights", None), inputs
+
+
+def _by_row(image_to_row: Tensor, image_at: Tensor, rows: int) -> Tensor:
+    """`Batch.image_at` of rows that are samples of their own: int64 [R, K], -1 where a row has fewer images."""
+    found: list[list[int]] = [[] for _ in range(rows)]
+    for row, place in zip(image_to_row.tolist(), image_at.tolist(), strict=True):
+        found[row].append(place)
+    most = max(1, *map(len, found))
+    return torch.tensor([places + [-1] * (most - len(places)) for places in found], dtype=torch.int64)
 
 
 def _dtype(dtype: str | torch.dtype, config: VLoRAConfig) -> torch.dtype:

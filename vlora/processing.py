@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -143,7 +144,7 @@ class VLoRAProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         """What `__call__` returns."""
-        return ["input_ids", "attention_mask", "pixel_values", "image_to_row"]
+        return ["input_ids", "attention_mask", "pixel_values", "image_to_row", "image_at"]
 
     def __call__(self, images: Any = None, text: str | list[str] | None = None, **options: Any) -> BatchFeature:
         """Inputs for rendered prompts; for questions and conversations see `apply_chat_template`.
@@ -187,18 +188,26 @@ class VLoRAProcessor(ProcessorMixin):
             text = dialogues if several else dialogues[0]
             return super().apply_chat_template(text, chat_template=chat_template, tokenize=False, **options)
         asking = options.get("add_generation_prompt", False) or dialogues[0][-1]["role"] != "assistant"
-        encode = self.text.encode_prompt if asking else lambda dialogue: self.text.encode(dialogue).input_ids
-        rows = [encode(dialogue) for dialogue in dialogues]
+        encode = self.text.prompt if asking else self.text.encode
+        encoded = [encode(dialogue, len(images)) for dialogue, images in chats]
+        rows = [row.input_ids for row in encoded]
         if not options.get("return_dict", False):
             return rows if several else rows[0]
-        return self.batch(rows, [images for _, images in chats])
+        return self.batch(rows, [images for _, images in chats], [row.image_at for row in encoded])
 
-    def batch(self, rows: list[list[int]], images: list[list[Picture]]) -> BatchFeature:
+    def batch(
+        self, rows: list[list[int]], images: list[list[Picture]], places: Sequence[Sequence[int]] | None = None
+    ) -> BatchFeature:
         """Token rows, padded on the left, and their images.
+
+        Args:
+            rows: Token ids of each row.
+            images: Its images.
+            places: In front of which token of its row each image stands; None: all in front of it.
 
         Returns:
             `input_ids` and `attention_mask` int64 [R, L]; where there are images also `pixel_values` float32
-            [n, 3, size, size] and `image_to_row` int64 [n].
+            [n, 3, size, size], `image_to_row` int64 [n] and `image_at` int64 [n], the column each stands in front of.
         """
         length = max(map(len, rows))
         ids = torch.full((len(rows), length), self.text.pad_id, dtype=torch.int64)
@@ -213,6 +222,12 @@ class VLoRAProcessor(ProcessorMixin):
             out["pixel_values"] = encoded["pixel_values"]
             owners = torch.tensor([number for number, _ in flat], dtype=torch.int64)
             out["image_to_row"] = owners.repeat_interleave(encoded["num_views"])
+            at = [
+                length - len(row) + place
+                for row, found, where in zip(rows, images, places or [() for _ in rows], strict=True)
+                for place in where or [0] * len(found)
+            ]
+            out["image_at"] = torch.tensor(at, dtype=torch.int64).repeat_interleave(encoded["num_views"])
         return out
 
     def answer(self, ids: Tensor | list[int]) -> str:

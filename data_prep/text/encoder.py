@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from data_prep.store.errors import DataError
 from data_prep.store.sample import Dialogue
 from data_prep.text.chat import ChatTemplate
+from data_prep.text.dialogues import IMAGE_TOKEN
 from data_prep.text.templates import NAMES, NEEDED, TEMPLATES, Piece
 from model.batch import IGNORE
 
@@ -34,10 +35,21 @@ class NoTargetError(DataError):
 
 @dataclass(frozen=True)
 class Encoded:
-    """One text row: token ids, and labels (the id itself, or `IGNORE`) of the same length, not shifted."""
+    """One text row.
+
+    Attributes:
+        input_ids: Token ids.
+        labels: The id itself, or `IGNORE`; of the same length, not shifted.
+        image_at: In front of which token each image of the sample stands, its index in `input_ids`.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    image_at: tuple[int, ...] = ()
+
+
+_PLACE = "\ufdd0"
+"""Stands for an image while a dialogue is rendered: a code point that Unicode keeps out of texts."""
 
 
 class TextEncoder:
@@ -84,23 +96,35 @@ class TextEncoder:
         words = tokenizer.decode(list(self.answer_prefix), skip_special_tokens=True).split()
         self._prefix = re.compile(r"\s*" + r"\s*".join(map(re.escape, words)))
 
-    def encode(self, dialogue: Dialogue) -> Encoded:
+    def encode(self, dialogue: Dialogue, images: int = 0) -> Encoded:
         """One training row.
+
+        Args:
+            dialogue: Its turns.
+            images: Images that it talks about; each gets a place in the row.
 
         Raises:
             TooLongError: more than `max_length` tokens.
             NoTargetError: nothing in it is a target.
             DataError: turns the template cannot render.
         """
-        ids, targets = self._row(dialogue)
+        ids, targets, places = self._row(dialogue, images)
         if not any(targets):
             raise NoTargetError("nothing in the dialogue is an answer to learn")
         if self.max_length is not None and len(ids) > self.max_length:
             raise TooLongError(f"{len(ids)} tokens, max_length={self.max_length}")
-        return Encoded(ids, [i if target else IGNORE for i, target in zip(ids, targets, strict=True)])
+        return Encoded(ids, [i if target else IGNORE for i, target in zip(ids, targets, strict=True)], places)
 
     def encode_prompt(self, dialogue: Dialogue) -> list[int]:
-        """Token ids before the last answer (which may be missing): what the training row of the dialogue begins with.
+        """Token ids of `prompt`."""
+        return self.prompt(dialogue).input_ids
+
+    def prompt(self, dialogue: Dialogue, images: int = 0) -> Encoded:
+        """What stands before the last answer (which may be missing): the beginning of the dialogue's training row.
+
+        Args:
+            dialogue: Its turns.
+            images: As in `encode`.
 
         Raises:
             TooLongError: more than `max_length` tokens.
@@ -109,11 +133,11 @@ class TextEncoder:
         asked = dialogue[:-1] if dialogue[-1]["role"] == "assistant" else dialogue
         # Cut out of a whole row: the tokens before an answer can depend on there being one ("\n\n" is one token, but
         # two before a word).
-        ids, targets = self._row([*asked, {"role": "assistant", "content": "A"}])
+        ids, targets, places = self._row([*asked, {"role": "assistant", "content": "A"}], images)
         ids = ids[: _answers(targets)[-1].start]
         if self.max_length is not None and len(ids) > self.max_length:
             raise TooLongError(f"a prompt of {len(ids)} tokens, max_length={self.max_length}")
-        return ids
+        return Encoded(ids, [IGNORE] * len(ids), places)
 
     def decode(self, ids: list[int]) -> str:
         """The answer in generated ids: up to its end, without what the template puts before it and outer spaces."""
@@ -133,29 +157,33 @@ class TextEncoder:
     def _answer_format(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """`answer_end` and `answer_prefix`, read off a row."""
         question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "A"}
-        ids, targets = self._row([question, answer] * (1 if self.template == "plain" else 2))
+        ids, targets, _ = self._row([question, answer] * (1 if self.template == "plain" else 2))
         answers = _answers(targets)
         ends = dict.fromkeys(ids[span.stop - 1] for span in answers)
         begin = answers[-1].start
         return tuple(ends), tuple(ids[begin : targets.index(_CONTENT, begin)])
 
-    def _row(self, dialogue: Dialogue) -> tuple[list[int], list[int]]:
-        """Ids of a whole row, and what of it is a target: `_OWN`, `_CONTENT` or 0.
+    def _row(self, dialogue: Dialogue, images: int = 0) -> tuple[list[int], list[int], tuple[int, ...]]:
+        """Ids of a whole row, what of it is a target (`_OWN`, `_CONTENT` or 0), and the places of the images.
 
         It has a start token where the tokenizer adds one, or where the first token is a target.
         """
-        ids, targets = self._tokens(self.render(dialogue))
+        ids, targets, places = self._tokens(self.render(_with_places(dialogue, images) if images else dialogue))
+        if not places:  # nothing was asked: in front of the caption, after the start token
+            places = [int(ids[:1] == [self._start])] * images
         if targets[:1] not in ([], [0]) or self._adds_start and ids[:1] != [self._start]:
             if self._start is None:
                 raise DataError("an answer stands first in its row, and the tokenizer has no start token (bos_token)")
-            return [self._start, *ids], [0, *targets]
-        return ids, targets
+            return [self._start, *ids], [0, *targets], tuple(place + 1 for place in places)
+        return ids, targets, tuple(places)
 
-    def _tokens(self, pieces: list[Piece]) -> tuple[list[int], list[int]]:
-        """Ids, and what each is as a target."""
+    def _tokens(self, pieces: list[Piece]) -> tuple[list[int], list[int], list[int]]:
+        """Ids, what each is as a target, and in front of which of them images stand."""
         ids: list[int] = []
         targets: list[int] = []
+        places: list[int] = []
         run: list[tuple[str, int]] = []
+        marks: list[int] = []  # characters of the run in front of each image
         begun = False  # whether anything stands before, text or special token
         swallow = False  # the special token before the run takes the white space after it
 
@@ -164,6 +192,8 @@ class TextEncoder:
             text = "".join(part for part, _ in run)
             start = len(text) - len(text.lstrip()) if swallow else 0
             text = text[start:].rstrip() if swallowed else text[start:]
+            before = len(ids)
+            places.extend([before] * len(marks))
             if text:
                 mask = [target for part, target in run for _ in part][start:]
                 encoding = (self._later if begun else self._first).encode(text, add_special_tokens=False)
@@ -171,7 +201,12 @@ class TextEncoder:
                 # An empty span is the prefix that SentencePiece puts before a run: it goes with what follows.
                 targets.extend(max(mask[start : max(end, start + 1)]) for start, end in encoding.offsets)
                 begun = True
+                # A word keeps the space before it: the image stands in front of the token that reaches behind the mark.
+                for number, mark in enumerate(marks, len(places) - len(marks)):
+                    ends = (n for n, (_, end) in enumerate(encoding.offsets) if end > mark - start)
+                    places[number] = before + next(ends, len(encoding.ids))
             run.clear()
+            marks.clear()
             swallow = False
 
         for piece in pieces:
@@ -184,9 +219,27 @@ class TextEncoder:
                     targets.append(own)
                     begun, swallow = True, token.rstrip
                 elif part:
-                    run.append((part, own if piece.special or not own else _CONTENT))
+                    for stretch in re.split(f"({_PLACE})", part):
+                        if stretch == _PLACE:
+                            marks.append(sum(len(text) for text, _ in run))
+                        elif stretch:
+                            run.append((stretch, own if piece.special or not own else _CONTENT))
         end_run()
-        return ids, targets
+        return ids, targets, places
+
+
+def _with_places(dialogue: Dialogue, images: int) -> Dialogue:
+    """The dialogue with a mark for every image: where its source has one, else before the first question."""
+    said = [turn["content"] if turn["role"] == "user" else "" for turn in dialogue]
+    if sum(text.count(IMAGE_TOKEN) for text in said) == images:
+        texts = [text.replace(IMAGE_TOKEN, _PLACE).strip() for text in said]
+        return [{**turn, "content": text or turn["content"]} for turn, text in zip(dialogue, texts, strict=True)]
+    first = next((n for n, turn in enumerate(dialogue) if turn["role"] == "user"), 0)
+    if not said[first].strip():
+        return dialogue
+    question = said[first].lstrip()
+    content = said[first][: len(said[first]) - len(question)] + _PLACE * images + question
+    return [{**turn, "content": content} if n == first else turn for n, turn in enumerate(dialogue)]
 
 
 def _answers(targets: list[int]) -> list[range]:

@@ -86,11 +86,12 @@ def test_visual_tokens_stand_in_order_in_front_of_the_text(connector):
     embeds = inputs.keywords["inputs_embeds"]
     assert embeds.shape == (3, 2 * per_image + 7, 32)
     assert torch.equal(embeds[0, : 2 * per_image], tokens[:2].flatten(0, 1))
-    assert torch.equal(embeds[2, :per_image], tokens[2]) and not embeds[1, : 2 * per_image].any()
+    # Tokens that a row lacks stand in front, masked, so that the others follow each other.
+    assert torch.equal(embeds[2, per_image : 2 * per_image], tokens[2]) and not embeds[1, : 2 * per_image].any()
     assert inputs.keywords["attention_mask"][:, : 2 * per_image].tolist() == [
         [1] * 2 * per_image,
         [0] * 2 * per_image,
-        [1] * per_image + [0] * per_image,
+        [0] * per_image + [1] * per_image,
     ]
     assert inputs.text[:, 0].tolist() == [row * embeds.shape[1] + 2 * per_image for row in range(3)]
 

@@ -52,7 +52,7 @@ def encode_sample(text: Text, sample: Sample, chosen: list[int], where: str) -> 
     for number in chosen:
         dialogue = sample.conversations[number]
         try:
-            piece.rows.append(text.encoder(dialogue).encode(dialogue))
+            piece.rows.append(text.encoder(dialogue).encode(dialogue, len(sample.images)))
         except TooLongError as error:
             if text.on_too_long == "fail":
                 raise DataError(
@@ -92,13 +92,16 @@ def collate(pieces: list[Piece], image: ImageInput, pad_id: int, left: bool = Fa
         mask[number, span] = 1
     row_to_sample = [number for number, piece in enumerate(pieces) for _ in piece.rows] or [0]
     views, image_to_sample = [], []
+    counts: list[list[int]] = []  # views of each image of each sample
     for number, piece in enumerate(pieces):
+        counts.append([])
         for data in piece.images:
             try:
                 found = image.read(data)
             except Exception as error:  # whatever a decoder raises, the sample is named
                 raise DataError(f"{piece.where}: {error or type(error).__name__}") from error
             views += found
+            counts[number].append(len(found))
             image_to_sample += [number] * len(found)
     return Batch(
         input_ids=input_ids,
@@ -109,4 +112,16 @@ def collate(pieces: list[Piece], image: ImageInput, pad_id: int, left: bool = Fa
         image_to_sample=torch.tensor(image_to_sample or [0], dtype=torch.int64),
         image_weight=torch.full((max(1, len(image_to_sample)),), float(bool(views))),
         n_samples=max(1, len(pieces)),
+        image_at=_image_at(rows, [counts[s] if counts else [] for s in row_to_sample], length if left else None),
     )
+
+
+def _image_at(rows: list[Encoded], counts: list[list[int]], width: int | None) -> torch.Tensor:
+    """`Batch.image_at`: every view of an image stands at its place; `width` is that of left-padded rows."""
+    places = []
+    for row, views in zip(rows, counts, strict=True):
+        padding = 0 if width is None else width - len(row.input_ids)
+        at = row.image_at or (0,) * len(views)
+        places.append([padding + place for place, count in zip(at, views, strict=True) for _ in range(count)])
+    most = max(1, *map(len, places)) if places else 1
+    return torch.tensor([found + [-1] * (most - len(found)) for found in places], dtype=torch.int64)

@@ -26,7 +26,7 @@ from data_prep.store.manifest import MANIFEST
 from data_prep.store.pixels import ImageInput
 from data_prep.store.sample import Sample
 from data_prep.store.split import Split
-from data_prep.text.encoder import Encoded, TextEncoder
+from data_prep.text.encoder import TextEncoder
 from model.batch import IGNORE, Batch
 from train.data.batching import Batching, deal_by_tokens
 from train.data.collate import Piece, Text, collate, encode_sample
@@ -521,8 +521,7 @@ class EvalLoader:
             if self.prompts:
                 piece = Piece(where, sample.images)
                 for dialogue in (sample.conversations[d] for d in dialogues):
-                    ids = self.text.encoder(dialogue).encode_prompt(dialogue)
-                    piece.rows.append(Encoded(ids, [IGNORE] * len(ids)))
+                    piece.rows.append(self.text.encoder(dialogue).prompt(dialogue, len(sample.images)))
             else:
                 piece, dropped = encode_sample(self.text, sample, dialogues, where)
                 if dropped:
