@@ -32,6 +32,11 @@ def head_transform(llm: PreTrainedModel) -> HeadTransform:
     Raises:
         ModelError: its forward does anything else between the decoder and the logits.
     """
+    with torch.device("cpu"):  # also where a model is built on the meta device
+        return _found(llm)
+
+
+def _found(llm: PreTrainedModel) -> HeadTransform:
     head = llm.get_output_embeddings()
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 2, head.in_features, generator=generator)

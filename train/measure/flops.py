@@ -50,7 +50,7 @@ class FlopCounter:
         self._visual_tokens = model.connector.visual_tokens
         self._first_layer = model.connector.first_layer
         self._delta = model.connector.decoder_flops()
-        self._vision = 0 if features_cached or model.vision is None else _vision_flops(model.vision)
+        self._vision = 0 if features_cached or model.vision is None else vision_flops(model.vision)
         vision_trained = model.vision is not None and any(p.requires_grad for p in model.vision.parameters())
         self._vision_passes = 3 if vision_trained else 1
         self._connector = model.connector.flops()
@@ -80,6 +80,13 @@ class FlopCounter:
             deltas=3 * self._delta * tokens,
         )
 
+    def prompt(self, text_tokens: int) -> float:
+        """FLOPs of answering one prompt with an image up to its first new token: prefill, and the head once."""
+        tokens = text_tokens + self._visual_tokens
+        linear = 2.0 * sum(self._linear) * tokens
+        attention = 4.0 * tokens**2 * self._attention_width * len(self._linear)
+        return linear + attention + 2.0 * self._head + self._connector + self._delta * tokens
+
 
 def peak_flops(device: torch.device) -> float | None:
     """Peak of one device in FLOP/s, None where it is not known (CPUs)."""
@@ -89,10 +96,11 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for key, peak in _PEAK.items() if key in name), None)
 
 
-def _vision_flops(vision: VisionEncoder) -> float:
+def vision_flops(vision: VisionEncoder, patches: int | None = None) -> float:
+    """Of one image; `patches`: of an image of another size, in one pass."""
     encoder = vision.encoder
     config = encoder.config
-    patches = (vision.image_size // config.patch_size) ** 2
+    patches = (vision.image_size // config.patch_size) ** 2 if patches is None else patches
     tokens = patches + vision.num_prefix
     linear = linear_weights(encoder)
     patchify = 2 * patches * 3 * config.patch_size**2 * config.hidden_size
