@@ -16,7 +16,7 @@ from model.vision import VisionEncoder
 from model.vlm import VisionLanguageModel
 
 # Dense bf16 peak of the tensor cores, FLOP/s, from NVIDIA's data sheets.
-_PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A800": 312e12, "B200": 2250e12}
+PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A800": 312e12, "B200": 2250e12}
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in _PEAK.items() if key in name), None)
+    return next((peak for key, peak in PEAK.items() if key in name), None)
 
 
 def vision_flops(vision: VisionEncoder, patches: int | None = None) -> float:
