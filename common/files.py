@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import uuid
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,13 @@ def write_atomically(file: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync(file.parent)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what writers of `write_atomically` that were killed have left in a folder that nobody writes to now."""
+    for path in folder.glob(".*"):
+        if re.fullmatch(r"\..+\.[0-9a-f]{32}", path.name):
+            path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

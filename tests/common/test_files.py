@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common.files import DamagedFile, damage, inside, read_json, seal, write_atomically, write_json
+from common.files import DamagedFile, damage, inside, read_json, remove_temporaries, seal, write_atomically, write_json
 from common.markdown import plain
 
 VALUE = {"steps": 12, "name": "é", "nested": {"2": [1.5, None], "10": float("inf")}}
@@ -75,6 +75,13 @@ def test_permissions_of_a_file_are_kept(tmp_path: Path) -> None:
     os.chmod(tmp_path / "a", 0o640)
     write_atomically(tmp_path / "a", "2")
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    for name in (".a.json.0123456789abcdef0123456789abcdef", "a.json", ".errors"):
+        (tmp_path / name).touch()
+    remove_temporaries(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".errors", "a.json"]
 
 
 def test_text_in_a_report_is_neither_markdown_nor_html() -> None:

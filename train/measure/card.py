@@ -58,7 +58,7 @@ def write(run_dir: Path, folder: Path) -> None:
         base = part.get("base") or part
         where = "trained here, in this folder" if part.get("base") else "not changed, not in this folder"
         source = Path(base["path"]).name if Path(base["path"]).is_absolute() else base["path"]
-        lines.append(f"| {name} | {plain(source)} | {base['fingerprint']} | {where} | {licence(base['path'])} |")
+        lines.append(f"| {name} | {plain(source)} | {base['fingerprint']} | {where} | {plain(licence(base['path']))} |")
     lines += ["", *_scores(run_dir), _USE.format(name=folder, question=_question(run_dir))]
     write_atomically(folder / "README.md", "\n".join(lines))
 

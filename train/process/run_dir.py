@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import DamagedFile, read_json, write_atomically, write_json
+from common.files import DamagedFile, read_json, remove_temporaries, write_atomically, write_json
 from model.loading import fingerprint
 from train import config as configuration
 from train.config import RunConfig
@@ -59,6 +59,7 @@ def create(config: RunConfig) -> Path:
         config.run_dir = str(Path(config.output_root) / name)
     _make_absolute(config)
     path = Path(config.run_dir)
+    remove_temporaries(path)
     failed_start = (path / CONFIG).exists() and not has_trained(path) and not _is_same(path, config)
     if (path / CONFIG).exists() and not failed_start:
         if not (path / _RECORD).exists():
