@@ -169,3 +169,12 @@ def text_checksum(text: str) -> str:
 
 def _xxh3(value: dict[str, Any]) -> str:
     return text_checksum(json.dumps(value, sort_keys=True))
+
+
+def share(folder: Path) -> None:
+    """Give the files the mode that new files have: safetensors writes them for their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)

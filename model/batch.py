@@ -59,6 +59,22 @@ class Batch:
             sample = self.row_to_sample.masked_fill(seen == 0, NO_SAMPLE)
             self.rows = Rows.padded(sample, self.n_samples)
 
+    def text_only(self, rows: list[int]) -> Batch:
+        """Some of the rows, without their images, as one sample."""
+        chosen = torch.tensor(rows, device=self.input_ids.device)
+        return replace(
+            self,
+            input_ids=self.input_ids[chosen],
+            attention_mask=self.attention_mask[chosen],
+            labels=self.labels[chosen],
+            row_to_sample=torch.zeros_like(chosen),
+            images=self.images[:1],
+            image_to_sample=self.image_to_sample.new_zeros(1),
+            image_weight=self.image_weight.new_zeros(1),
+            n_samples=1,
+            rows=Rows.padded([NO_SAMPLE] * len(rows), 1),
+        )
+
     @property
     def has_image(self) -> bool:
         """Whether any image of the batch is real."""

@@ -180,6 +180,17 @@ class OpsConfig:
 
 
 @dataclass
+class MovedTo:
+    """Where a part of a trained model is on this machine.
+
+    Attributes:
+        path: Folder or name; null: where it was in training. It must be the same model, which its fingerprint tells.
+    """
+
+    path: str | None = setting(None, path=True)
+
+
+@dataclass
 class ModelConfig:
     """Everything `model.build` needs."""
 

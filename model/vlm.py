@@ -223,7 +223,7 @@ class VisionLanguageModel(nn.Module):
         inputs = self.inputs(batch, conditioning).keywords
         weights = inputs.pop("perceptual_weights", None)
         inputs.pop("position_ids")  # generate derives the same ones from the mask
-        pin: AbstractContextManager = pinned(self.llm, weights) if self.placement is not None else nullcontext()
+        pin: AbstractContextManager = pinned(self.llm, weights) if weights is not None else nullcontext()
         with pin:
             out = self.llm.generate(
                 **inputs,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from common.errors import ConfigError
 from common.settings import setting
+from model.config import MovedTo
 from vlora.folder import load
 from vlora.modeling import VLoRAForConditionalGeneration
 from vlora.processing import VLoRAProcessor
@@ -24,20 +25,20 @@ class ModelOptions:
         run: Run directory, exported folder or Hugging Face name.
         device: `cpu`, `cuda`, or `auto`: the GPU if there is one.
         dtype: `float32`, `bfloat16`, or `auto`: what it was trained in.
-        llm, vision: Folders of those parts on this machine, if not where the model's config.json says.
+        llm, vision: `llm.path=...`, `vision.path=...`: where those parts are on this machine, if they have moved.
     """
 
     run: str = "???"
     device: str = "auto"
     dtype: str = setting("auto", choices=("auto", "float32", "bfloat16"))
-    llm: str | None = None
-    vision: str | None = None
+    llm: MovedTo = field(default_factory=MovedTo)
+    vision: MovedTo = field(default_factory=MovedTo)
 
     def open(self) -> tuple[VLoRAForConditionalGeneration, VLoRAProcessor]:
         """Load the model, without progress bars."""
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-        return load(self.run, dtype=self.dtype, device=self.device, llm=self.llm, vision=self.vision)
+        return load(self.run, dtype=self.dtype, device=self.device, llm=self.llm.path, vision=self.vision.path)
 
 
 @dataclass

@@ -14,7 +14,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,11 @@ from common.files import write_atomically, write_json
 from common.settings import setting
 from data_prep.store.errors import DataError
 from data_prep.store.split import Split
-from model.generation import answers
+from model.batch import Batch
+from model.deploy.merging import MergeReport, merged
+from model.generation import AnswerFormat, answers
 from model.loading import fingerprint, load_tokenizer
-from model.ops import set_backend, set_merge
+from model.ops import NO_SAMPLE, set_backend, set_merge
 from model.vlm import VisionLanguageModel, build_model
 from train import config as configuration
 from train.config import DTYPES, ConfigError, MovedTo, RunConfig
@@ -53,6 +56,8 @@ class Options:
         batch_size: Questions per batch.
         max_new_tokens: Longest answer.
         seed: Of the subset and of the shuffle.
+        merge: Fold every image's weights into the language model, which then answers as a plain LLM; prints what
+            rounding loses on the first image. For many questions about one image.
         llm, vision: `llm.path=...`, `vision.path=...`: where the run's base models are now, if they have moved.
     """
 
@@ -63,6 +68,7 @@ class Options:
     batch_size: int | None = setting(None, within="[1, 1e6]")
     max_new_tokens: int | None = setting(None, within="[1, 1e6]")
     seed: int = setting(0, within="[0, 4294967295]")
+    merge: bool = False
     llm: MovedTo = field(default_factory=MovedTo)
     vision: MovedTo = field(default_factory=MovedTo)
 
@@ -85,18 +91,42 @@ def load_model(config: RunConfig, run: Path, device: torch.device) -> VisionLang
 
 
 def answer(
-    model: VisionLanguageModel, loader: EvalLoader, max_new_tokens: int, device: torch.device
+    model: VisionLanguageModel, loader: EvalLoader, max_new_tokens: int, device: torch.device, merge: bool = False
 ) -> list[dict[str, Any]]:
     """One record per question of this rank: sample, dialogue, question, answer, prediction."""
-    records = []
+    records: list[dict[str, Any]] = []
     for evaluation in tqdm(loader, desc="evaluate", unit="batch", disable=distributed.rank() > 0, mininterval=10):
         if not evaluation.items:
             continue
         batch = evaluation.batch.to(device, next(model.parameters()).dtype)
-        texts = answers(model, batch, evaluation.encoders, max_new_tokens)
+        if merge:
+            texts, report = merged_answers(model, batch, evaluation.encoders, max_new_tokens)
+            if report is not None and not records and distributed.rank() == 0:
+                print(report)
+        else:
+            texts = answers(model, batch, evaluation.encoders, max_new_tokens)
         for item, text in zip(evaluation.items, texts, strict=True):
             records.append({**asdict(item), "prediction": text})
     return records
+
+
+def merged_answers(
+    model: VisionLanguageModel, batch: Batch, formats: Sequence[AnswerFormat], max_new_tokens: int
+) -> tuple[list[str], MergeReport | None]:
+    """As `answers`, one image set after the other, its weights folded into the language model; and the last loss."""
+    with torch.no_grad():
+        weights = model.condition(batch).weights
+    assert weights is not None and batch.rows is not None
+    texts, last = [""] * len(batch.input_ids), None
+    for sample in sorted(set(batch.rows.sample)):
+        rows = [number for number, owner in enumerate(batch.rows.sample) if owner == sample]
+        alone = batch.text_only(rows)
+        with nullcontext() if sample == NO_SAMPLE else merged(model.llm, weights, sample) as report:
+            found = answers(model, alone, [formats[row] for row in rows], max_new_tokens)
+        last = report or last
+        for row, text in zip(rows, found, strict=True):
+            texts[row] = text
+    return texts, last
 
 
 def training_questions(config: RunConfig) -> list[Question]:
@@ -145,8 +175,10 @@ def main() -> int:
         world_size=world,
     )
     model = load_model(config, run, device)
+    if options.merge and model.placement is None:
+        raise ConfigError(f"merge=true: {run} has connector={config.connector.name}, which makes no weights")
     started = time.perf_counter()
-    records = answer(model, loader, options.max_new_tokens or config.evaluation.max_new_tokens, device)
+    records = answer(model, loader, options.max_new_tokens or config.evaluation.max_new_tokens, device, options.merge)
     seconds = time.perf_counter() - started
     if world > 1:
         gathered: list[Any] = [None] * world
@@ -179,7 +211,7 @@ def _write(
     floor = scoring.accuracy(questions, blind)
     folder = run / "evaluation"
     folder.mkdir(exist_ok=True)
-    name = f"{options.split.replace('/', '-')}-{options.images}"
+    name = f"{options.split.replace('/', '-')}-{options.images}{'-merged' if options.merge else ''}"
     write_atomically(folder / f"{name}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     summary = {
         "images": options.images,

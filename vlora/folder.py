@@ -12,7 +12,6 @@ FOLDER/checksums.json           size and checksum of the files of a run's export
 from __future__ import annotations
 
 import functools
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
-from common.files import DamagedFile, damage, file_names, read_json, seal, write_json
+from common.files import DamagedFile, damage, file_names, read_json, seal, share, write_json
 from model.loading import ModelError, fingerprint
 from vlora.configuration import VLoRAConfig
 from vlora.processing import VLoRAProcessor
@@ -132,7 +131,7 @@ def part_path(folder: Path, config: VLoRAConfig, part: str, given: str | None = 
     if local is None and record["path"].startswith(("/", ".", "~")) and not given:
         raise ModelError(
             f"{folder}/config.json takes its {part} from {record['path']}, which is not here; "
-            f"name its folder on this machine with {part}=... (fingerprint {record['fingerprint']})"
+            f"name its folder on this machine with {part}.path=... (fingerprint {record['fingerprint']})"
         )
     path = local or places[-1]
     found = fingerprint(path) if local else record["fingerprint"]
@@ -210,12 +209,3 @@ def write(
     if processor is not None:
         processor.save_pretrained(folder)
     share(folder)
-
-
-def share(folder: Path) -> None:
-    """Give the files the mode that new files have: safetensors writes them for their owner alone."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(0o666 & ~umask)

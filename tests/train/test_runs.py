@@ -257,7 +257,7 @@ def test_adapter_of_one_image(pretrained, tmp_path, monkeypatch, capsys):
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(tensors) == 4 * 2 * 4  # types, factors, layers
     assert any(t.abs().sum() > 0 for name, t in tensors.items() if "lora_B" in name)
-    monkeypatch.setattr("sys.argv", arguments)
+    monkeypatch.setattr("sys.argv", [*arguments, "types=qkvom"])
     with pytest.raises(ValueError, match="'m' has no place in a LoRA adapter.*types=q,k,v,o leaves it out"):
         adapter.main()
 

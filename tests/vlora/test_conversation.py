@@ -198,3 +198,18 @@ def test_saved_weights_hold_only_tensors(loaded, tmp_path):
     red = weights(loaded, RED)
     red.save(tmp_path / "w.safetensors")
     assert {key.split(".")[0] for key in load_file(tmp_path / "w.safetensors")} == {"a", "b"}
+
+
+def test_evaluation_may_merge(loaded):
+    """Rows of several images, several per image and without any: the answers of the branch."""
+    from model.generation import answers
+    from tests.model.parts import batch as make_batch
+    from train.evaluate import merged_answers
+
+    model, processor = loaded
+    batch = make_batch(rows=[0, 0, 1, 2], images=[0, 2, 2], length=6)
+    batch.input_ids %= len(processor.tokenizer)
+    formats = [processor.text] * 4
+    texts, report = merged_answers(model.model, batch, formats, 5)
+    assert texts == answers(model.model, batch, formats, 5)
+    assert report is not None and report.branches == ("m",)

@@ -131,7 +131,7 @@ def test_the_folder_is_found_again_when_everything_moves(parts, tmp_path):
     model, _ = vlora.load(moved / "runs" / "r")
     assert model.dtype == torch.float32
     shutil.move(moved / "parts", tmp_path / "elsewhere")
-    with pytest.raises(ModelError, match=r"takes its llm from .*llm=\.\.\."):
+    with pytest.raises(ModelError, match=r"takes its llm from .*llm\.path=\.\.\."):
         vlora.load(moved / "runs" / "r" / "export")
     vlora.load(moved / "runs" / "r", llm=str(tmp_path / "elsewhere/llm"), vision=str(tmp_path / "elsewhere/vision"))
     other = world.make(tmp_path / "other", seed=5)

@@ -5,7 +5,6 @@ Workers read the resolved file and know no Hydra.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -18,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from common import options, settings
 from common.errors import ConfigError
 from common.files import DamagedFile, read_text, text_checksum, write_atomically
+from model.config import MovedTo
 from train.config import presets
 from train.config.check import validate
 from train.config.models import located
@@ -55,17 +55,6 @@ def save(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration as YAML, atomically; its last line is its checksum."""
     text = OmegaConf.to_yaml(OmegaConf.structured(config))
     write_atomically(path, f"{text}{_CHECKSUM}{text_checksum(text)}\n")
-
-
-@dataclass
-class MovedTo:
-    """Where a run's base model is now.
-
-    Attributes:
-        path: Its folder or name; null: where the run found it. It must be the same model, which its fingerprint tells.
-    """
-
-    path: str | None = settings.setting(None, path=True)
 
 
 def read(path: Path, llm: MovedTo | None = None, vision: MovedTo | None = None) -> RunConfig:
