@@ -7,7 +7,7 @@ killed therefore redoes only its own unfinished shard, and a second run over fin
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -34,7 +34,7 @@ from data_prep.store.manifest import (
 from data_prep.store.sample import SCHEMA_VERSION, Count, Dialogue, Dropped, Sample
 from data_prep.store.writer import ShardWriter
 from data_prep.text.templates import NAMES
-from data_prep.verify import Verifier
+from data_prep.verify import TokenCounter, Verifier
 
 PLAN = "plan.json"
 
@@ -294,14 +294,14 @@ def _shrink(sample: Sample, side: int, quality: int, verifier: Verifier) -> None
             verifier.count("images made smaller", f"shorter side {side}")
 
 
-def _token_counter(options: Options) -> Callable[[Dialogue], tuple[int, int]] | None:
+def _token_counter(options: Options) -> TokenCounter | None:
     if options.tokenizer is None:
         return None
     return _counter(options.tokenizer, options.template)
 
 
 @cache  # once per process: a tokenizer takes seconds to load
-def _counter(tokenizer: str, template: str) -> Callable[[Dialogue], tuple[int, int]]:
+def _counter(tokenizer: str, template: str) -> TokenCounter:
     from transformers import AutoTokenizer
 
     from data_prep.text.encoder import TextEncoder
@@ -309,8 +309,9 @@ def _counter(tokenizer: str, template: str) -> Callable[[Dialogue], tuple[int, i
 
     encoder = TextEncoder(AutoTokenizer.from_pretrained(tokenizer), template)
 
-    def count(dialogue: Dialogue) -> tuple[int, int]:
+    def count(dialogue: Dialogue) -> tuple[int, int, int]:
         labels = encoder.encode(dialogue).labels
-        return len(labels), sum(label != IGNORE for label in labels)
+        unknown = 0 if encoder.unknown_id is None else labels.count(encoder.unknown_id)
+        return len(labels), sum(label != IGNORE for label in labels), unknown
 
     return count

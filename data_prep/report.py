@@ -37,6 +37,10 @@ def to_look_at(manifest: Manifest) -> list[str]:
     found = []
     if count := manifest.statistics.get("image alpha", {}).get("transparent"):
         found.append(f"{count:,} images have transparent pixels, which show white (vision.transparent)")
+    tokens = manifest.statistics.get("tokens", {})
+    if count := tokens.get("unknown"):
+        share = _percent(count, tokens["supervised"])
+        found.append(f"{count:,} of the tokens to learn ({share}) cannot be spelled by the tokenizer (data.on_unknown)")
     return found
 
 

@@ -58,8 +58,8 @@ def is_text(text: str) -> bool:
     return True
 
 
-TokenCounter = Callable[[Dialogue], tuple[int, int]]
-"""Tokens of a dialogue, template included, and how many of them are supervised."""
+TokenCounter = Callable[[Dialogue], tuple[int, int, int]]
+"""Tokens of a dialogue, template included, how many of them are supervised, and how many of these unknown."""
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Verifier:
     Attributes:
         max_pixels: Of one image.
         min_side: Shortest accepted side in pixels.
-        tokens: Of a dialogue (template included), and how many of them are supervised, for the statistics and
+        tokens: Of a dialogue (template included), how many are supervised and of these unknown, for the statistics and
             `max_length`; raises `DataError` for one that the template cannot render. None: not counted.
         max_length: Longest accepted dialogue in tokens; none: any.
         statistics: Counters by name, for the manifest.
@@ -120,13 +120,14 @@ class Verifier:
 
     def _count_tokens(self, tokens: TokenCounter, dialogue: Dialogue) -> list[tuple[str, str, int]]:
         try:
-            length, supervised = tokens(dialogue)
+            length, supervised, unknown = tokens(dialogue)
         except DataError as error:
             raise Defect("template cannot render it", str(error)) from error
         if self.max_length is not None and length > self.max_length:
             raise Defect("too long", f"{length} tokens, at most {self.max_length} are accepted")
         histogram = ("dialogue tokens", bucket(length, 3), 1)
-        return [histogram, ("tokens", "all", length), ("tokens", "supervised", supervised)]
+        counts = [("tokens", "all", length), ("tokens", "supervised", supervised)]
+        return [histogram, *counts, *([("tokens", "unknown", unknown)] if unknown else [])]
 
     def count(self, name: str, value: str, number: int = 1) -> None:
         """Add to a statistic."""

@@ -119,7 +119,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of the language model at `path`.
 
     Raises:
-        ModelError: no tokenizer there, or one that cannot be read.
+        ModelError: no tokenizer there, one that cannot be read, or one with more tokens than the model has embeddings.
     """
     folder = _folder("llm", path)
     needed = (
@@ -129,9 +129,20 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     if not any(file for pattern in _TOKENIZERS for file in folder.glob(pattern)):
         raise ModelError(needed % "no vocabulary there")  # transformers would make an empty one
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # whatever the tokenizer libraries make of a damaged file
         raise ModelError(needed % _first_line(error)) from error
+    if (folder / "config.json").is_file():
+        rows = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "vocab_size", None)
+        beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if rows is not None and i >= rows)
+        if beyond:
+            # On a GPU it would be a failed assertion deep in a kernel, once a row holds the token or is padded with it.
+            raise ModelError(
+                f"llm.path={path}: the tokenizer has {len(beyond)} tokens beyond the model's {rows} embeddings, first "
+                f"{beyond[0][1]!r} with id {beyond[0][0]}; take the added tokens out, or give the model embeddings for "
+                "them (resize_token_embeddings, save_pretrained)"
+            )
+    return tokenizer
 
 
 def _first_line(error: Exception) -> str:

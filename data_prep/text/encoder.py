@@ -65,6 +65,7 @@ class TextEncoder:
         answer_prefix: Ids that the template puts before an answer and that the model has to produce (the empty think
             block of Qwen3); mostly none.
         pad_id: Id to pad with; it may equal the end token, so masks go by length and never by id.
+        unknown_id: Id of what the tokenizer cannot spell; None where it can spell everything.
 
     Raises:
         DataError: unknown template, a tokenizer without offsets, end token or chat template, or without the special
@@ -93,6 +94,8 @@ class TextEncoder:
         self.answer_end, self.answer_prefix = self._answer_format()
         padding = (tokenizer.pad_token_id, tokenizer.eos_token_id, self.answer_end[0])
         self.pad_id: int = next(i for i in padding if i is not None)
+        # Byte-level tokenizers have no such token, or name their end token as one.
+        self.unknown_id = None if tokenizer.unk_token_id in self.answer_end else tokenizer.unk_token_id
         words = tokenizer.decode(list(self.answer_prefix), skip_special_tokens=True).split()
         self._prefix = re.compile(r"\s*" + r"\s*".join(map(re.escape, words)))
 
@@ -143,6 +146,11 @@ class TextEncoder:
         """The answer in generated ids: up to its end, without what the template puts before it and outer spaces."""
         cut = next((n for n, i in enumerate(ids) if i in self.answer_end), len(ids))
         return self._prefix.sub("", self._tokenizer.decode(ids[:cut], skip_special_tokens=True), count=1).strip()
+
+    def unknown_words(self, dialogue: Dialogue) -> list[str]:
+        """Words of the answers that the tokenizer cannot spell."""
+        words = [word for turn in dialogue if turn["role"] == "assistant" for word in turn["content"].split()]
+        return [word for word in words if self.unknown_id in self._later.encode(word, add_special_tokens=False).ids]
 
     def render(self, dialogue: Dialogue) -> list[Piece]:
         """The dialogue as pieces of text.

@@ -46,6 +46,7 @@ class DataConfig:
         caption_template: That of captions (dialogues with an empty user turn); null: `template`.
         max_length: Longest row in tokens; null: any.
         on_too_long: `fail`, or `drop` the dialogue (counted and reported).
+        on_unknown: `fail` when the tokenizer cannot spell more than 1 % of the answers' tokens, or `warn`.
         on_corrupt_shard: `fail` when a shard to train on turns out unreadable, or `drop` all its samples (reported
             once); evaluation always fails.
         pad_to_multiple: Row length is padded to a multiple of this.
@@ -68,6 +69,7 @@ class DataConfig:
     caption_template: str | None = setting(None, choices=NAMES)
     max_length: int | None = setting(2048, within="[1, 1e7]")
     on_too_long: str = setting("fail", choices=("fail", "drop"))
+    on_unknown: str = setting("fail", choices=("fail", "warn"))
     on_corrupt_shard: str = setting("fail", choices=("fail", "drop"))
     pad_to_multiple: int = setting(1, within="[1, 65536]")
     num_workers: int = setting(0, within="[0, 256]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from common.errors import UserError
 from common.files import write_json
+from data_prep.store.errors import DataError
 from data_prep.store.pixels import ImageInput
 from model.config import VisionConfig
 from model.connectors import FeatureNorm
@@ -34,6 +36,7 @@ from train.data import (
     open_split,
     open_train_split,
 )
+from train.data.unknown import unknown_targets
 from train.engine import checkpoint
 from train.engine.checkpoint import Progress
 from train.engine.engine import Engine, deepspeed_config, freeze
@@ -68,6 +71,7 @@ def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: Stop
     set_merge(config.ops.merge, device)  # not used in training: a choice that cannot run is refused now
 
     tokenizer = load_tokenizer(config.llm.path)
+    _check_answers(config, tokenizer, warn=rank == 0)
     identity = {"llm": fingerprint(config.llm.path), "vision": fingerprint(config.vision.path)}
     pixels = load_preprocessor(config.vision)
     image: ImageInput = pixels
@@ -253,6 +257,17 @@ def _measure_features(
         raise UserError(f"{split.folder}: no sample with an image to measure feature statistics on")
     mean, square = (torch.tensor(sums, dtype=torch.float64) / vectors).view(2, -1)
     norm.set(mean.float(), (square - mean.square()).clamp_min(0).sqrt().float())
+
+
+def _check_answers(config: RunConfig, tokenizer: PreTrainedTokenizerBase, warn: bool) -> None:
+    """Raise a `DataError` where the tokenizer cannot spell the answers to learn; `data.on_unknown=warn` prints it."""
+    text = make_text(config.data, tokenizer)
+    for source in config.data.train:
+        message = unknown_targets(open_train_split(config.data, source.path), text)
+        if message and config.data.on_unknown == "fail":
+            raise DataError(f"{message}; take an LLM that can spell them, or set data.on_unknown=warn")
+        if message and warn:
+            print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def _validation(
