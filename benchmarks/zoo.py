@@ -9,6 +9,7 @@ weights, transformers' loss, single rows, padded rows, its own checkpointing, on
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 import traceback
@@ -35,6 +36,7 @@ from model.vlm import VisionLanguageModel
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY, WIDTH, LAYERS = 96, 32, 4
 TYPES = ("q", "k", "v", "o", "gate", "up", "down", "m")
+_SECONDS = 60
 CHECKS = ("deltas", "loss", "packed", "checkpointing", "generation", "export")
 
 _TINY: dict[str, Any] = {
@@ -91,8 +93,13 @@ _OWN: dict[str, dict[str, Any]] = {
     "phi3": {"pad_token_id": 0},
     "deepseek_v2": {"head_dim": 4, "num_key_value_heads": 4},
     "deepseek_v3": {"head_dim": 4, "num_key_value_heads": 4},
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8},
+    "qwen3_next": {
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    },
+    "recurrent_gemma": {"lru_width": 32, "attention_window_size": 5},
     "glm": {"partial_rotary_factor": 0.5},
-}
+}  # fmt: skip
 DECODERS = [
     "afmoe", "apertus", "arcee", "biogpt", "bitnet", "bloom", "codegen", "cohere", "cohere2", "deepseek_v2",
     "deepseek_v3", "doge", "dots1", "ernie4_5", "ernie4_5_moe", "exaone4", "falcon", "falcon_h1", "flex_olmo",
@@ -350,6 +357,10 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+def _too_long(*_: Any) -> None:
+    raise TimeoutError(f"took more than {_SECONDS} core-seconds")
+
+
 def main() -> int:
     """Examine families and print what was found."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description=__doc__.splitlines()[0])
@@ -360,7 +371,9 @@ def main() -> int:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    signal.signal(signal.SIGVTALRM, _too_long)
     for name in arguments.families or DECODERS:
+        signal.setitimer(signal.ITIMER_VIRTUAL, _SECONDS)
         entry = examine(name)
         print(name, "".join(t if len(t) == 1 else f" {t}" for t in entry.types), entry.refused, entry.fault, flush=True)
         for check, found in entry.checks.items():
