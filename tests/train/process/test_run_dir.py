@@ -31,6 +31,13 @@ def config(home: Path, tmp_path: Path) -> RunConfig:
     return config
 
 
+def begun(config: RunConfig) -> Path:
+    """A run that has done a step: until then another configuration makes the directory anew."""
+    run = run_dir.create(config)
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    return run
+
+
 def again(config: RunConfig, **changes: object) -> Path:
     """Enter the run directory with some keys changed."""
     new = copy.deepcopy(config)
@@ -61,7 +68,7 @@ def test_a_moved_model_is_known_by_its_fingerprint(home: Path, config: RunConfig
 
 
 def test_how_a_run_is_executed_may_change_and_what_it_computes_may_not(config: RunConfig) -> None:
-    run_dir.create(config)
+    begun(config)
     again(config, engine__micro_batch_size=2, engine__timeout_minutes=3.0)
     with pytest.raises(UserError, match=r"holds a run with engine\.precision=bf16, now it is fp32"):
         again(config, engine__precision="fp32")
@@ -69,7 +76,7 @@ def test_how_a_run_is_executed_may_change_and_what_it_computes_may_not(config: R
 
 def test_a_run_becomes_longer_where_the_schedule_allows(config: RunConfig) -> None:
     config.optim.schedule, config.optim.warmup_ratio = "constant", 0.0
-    run = run_dir.create(config)
+    run = begun(config)
     (run / "DONE").touch()
     again(config)
     assert (run / "DONE").exists()
@@ -84,7 +91,7 @@ def test_a_run_becomes_longer_where_the_schedule_allows(config: RunConfig) -> No
 def test_a_longer_run_with_other_learning_rates_is_refused(config: RunConfig, schedule: str, warmup: float) -> None:
     why = "optim.schedule=cosine" if schedule == "cosine" else "warmup_ratio=0.5"
     config.optim.schedule, config.optim.warmup_ratio = schedule, warmup
-    run_dir.create(config)
+    begun(config)
     with pytest.raises(UserError, match=f"stage.steps=10, now it is 20: .*{why}.*init_from="):
         again(config, stage__steps=20)
 
