@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+import textwrap
 import types
 import typing
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, get_args, get_origin
 
 import yaml
@@ -186,16 +187,27 @@ def unknown_key(key: str, known: list[str]) -> ConfigError:
 
 def help_text(schema: type) -> str:
     """The keys of a dataclass, one a line: default, what it may hold, documentation."""
-    defaults = OmegaConf.to_container(OmegaConf.structured(schema))
-    lines = ["keys:"]
+    lines, defaults = ["keys:"], _defaults(schema, "")
     for name, kind, allowed, doc in settings.keys(schema):
-        if "[]" in name or is_dataclass(kind):
-            continue
-        default = settings.shown(OmegaConf.select(OmegaConf.create(defaults), name, throw_on_missing=False))
-        value = "needed" if default == "null" and type(None) not in _kinds(kind) and kind is not Any else default
-        lines.append(f"  {name} ({value}{f'; {allowed}' if str(allowed) else ''})")
-        lines.append(f"      {doc}")
+        if name in defaults and not is_dataclass(kind):
+            value = "needed" if defaults[name] in (MISSING, "???") else settings.shown(defaults[name])
+            lines.append(f"  {name} ({value}{f'; {allowed}' if str(allowed) else ''})")
+            lines += textwrap.wrap(doc, 120, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
+
+
+def _defaults(schema: type, prefix: str) -> dict[str, Any]:
+    """Every dotted key's default."""
+    found: dict[str, Any] = {}
+    kinds = typing.get_type_hints(schema)
+    for each in fields(schema):
+        if is_dataclass(kind := kinds[each.name]):
+            found |= _defaults(typing.cast(type, kind), f"{prefix}{each.name}.")
+        elif callable(each.default_factory):
+            found[prefix + each.name] = each.default_factory()
+        else:
+            found[prefix + each.name] = each.default
+    return found
 
 
 def _read(key: str, text: str, kind: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`python -m data_prep source=NAME [key=value ...]`: prepare a data set (keys: `conf/data_prep`)."""
+"""`python -m data_prep source=NAME [key=value ...]`: prepare a data set (`--help` lists the keys)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from data_prep.prepare import prepare
 
 def main() -> int:
     """Prepare what the command line names; a second run with the same inputs does nothing."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(f"{(__doc__ or '').strip()}\n\n{config.help_text(sys.argv[1:])}")
+        return 0
     settings = config.load(sys.argv[1:])
     folder = Path(settings.root) / settings.name
     result = prepare(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
-import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common import places
+from common import options, places, settings
+from common.errors import ConfigError
+from common.settings import setting
 from data_prep.division import Divided, check_fractions
 from data_prep.prepare import Options, Source, Task
 from data_prep.sources.capsfusion import CapsFusion
@@ -21,7 +22,6 @@ from data_prep.sources.hf import HuggingFace
 from data_prep.sources.llava import Llava
 from data_prep.sources.synthetic import Synthetic
 from data_prep.sources.webdataset import WebDataset
-from data_prep.store.errors import DataError
 
 CONF = places.CONF / "data_prep"
 SOURCES: dict[str, type] = {
@@ -40,7 +40,6 @@ class PrepareConfig:
 
     Attributes:
         cache_dir: Where parts are.
-        source: `kind` (a key of `SOURCES`) and the fields of that reader's dataclass.
         root: Prepared data goes to `<root>/<name>/<split>`.
         name: Name of the prepared data set; default that of `source=NAME`.
         val_fraction, test_fraction: Shares of the split `train` that become `val` and `test`, by image; null: as the
@@ -49,40 +48,39 @@ class PrepareConfig:
         workers: Processes on this machine.
         task: `i/n`, the part of a job array that this process is.
         options: Checks and policy.
+        source: The fields of the reader's dataclass.
     """
 
-    cache_dir: str
-    source: dict[str, Any]
-    root: str
-    name: str
-    val_fraction: float | None = None
-    test_fraction: float | None = None
+    cache_dir: str = setting(".cache", path=True)
+    root: str = setting("???", path=True)
+    name: str = "???"
+    val_fraction: float | None = setting(None, within="[0, 1)")
+    test_fraction: float | None = setting(None, within="[0, 1)")
     overwrite: bool = False
-    workers: int = 1
+    workers: int = setting(1, within="[1, 1024]")
     task: str = "0/1"
     options: Options = field(default_factory=Options)
+    source: Any = None
 
-    def build_source(self) -> Source:
-        """The configured source.
+    def check(self, prefix: str) -> None:
+        """A name that is one folder, and a task.
 
         Raises:
-            DataError: unknown source or key of it.
+            ConfigError: a name with a slash.
+            DataError: no task.
         """
-        values = dict(self.source)
-        kind = SOURCES[values.pop("kind")]
-        for key in ("samples", "samples_per_shard"):
-            if isinstance(values.get(key), int) and values[key] < 1:
-                raise DataError(f"source.{key}={values[key]}: at least 1")
+        if Path(self.name).name != self.name or self.name.startswith("."):
+            raise ConfigError(f"{prefix}name={self.name}: give the name of one folder")
+        check_fractions(self.val_fraction or 0.0, self.test_fraction or 0.0)
+        self.build_task()
+
+    def build_source(self) -> Source:
+        """The configured source, divided as the configuration says."""
         shares = {"val_fraction": self.val_fraction, "test_fraction": self.test_fraction}
-        check_fractions(*(share or 0.0 for share in shares.values()))
-        own = {f.name for f in fields(kind)}  # some sources divide themselves
-        values |= {name: share for name, share in shares.items() if name in own and share is not None}
-        rest = {name.removesuffix("_fraction"): share for name, share in shares.items() if name not in own and share}
-        try:
-            source = cast(Source, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values)))
-            return Divided(source, **rest) if rest else source
-        except OmegaConfBaseException as error:
-            raise _explain(error, [f"source.{f.name}" for f in fields(kind)], "source.") from error
+        own = {f.name for f in fields(self.source)}  # some sources divide themselves
+        source = replace(self.source, **{name: s for name, s in shares.items() if name in own and s is not None})
+        rest = {name.removesuffix("_fraction"): s for name, s in shares.items() if name not in own and s}
+        return cast(Source, Divided(source, **rest) if rest else source)
 
     def build_task(self) -> Task:
         """The configured task."""
@@ -96,47 +94,42 @@ def load(overrides: list[str]) -> PrepareConfig:
         overrides: Hydra overrides, `source=NAME` among them.
 
     Raises:
-        DataError: no or an unknown source, an unknown key (with the nearest one), a wrong type or a missing value.
+        ConfigError: no or an unknown source, an unknown key (with the nearest one), a wrong type or value, or a missing
+            one.
     """
-    names = sorted(file.stem for file in (CONF / "source").glob("*.yaml"))
-    chosen = [override.partition("=")[2] for override in overrides if override.startswith("source=")]
-    if len(chosen) != 1 or chosen[0] not in names:
-        said = f"source={chosen[0]}: no such source" if chosen else "which source? Say source=NAME"
-        raise DataError(f"{said}; there are {', '.join(names)}")
+    chosen = _chosen(overrides)
+    schema = schema_of(chosen)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        plain = compose("config", [f"source={chosen[0]}"])
         try:
-            composed = compose("config", overrides)
-            composed.name = composed.name or chosen[0]
-            merged = OmegaConf.merge(OmegaConf.structured(PrepareConfig), composed)
-            OmegaConf.resolve(merged)
-            return cast(PrepareConfig, OmegaConf.to_object(merged))
+            composed = compose("config", options.as_typed(overrides, schema))
+            composed.name = composed.name or chosen
+            tree = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
         except (HydraException, OmegaConfBaseException) as error:
-            raise _explain(error, _keys(cast(dict[str, Any], OmegaConf.to_container(plain, resolve=False)))) from error
+            raise options.explain(error, [name for name, *_ in settings.keys(schema)]) from error
+    del tree["source"]["kind"]
+    return cast(PrepareConfig, options.typed(schema, tree))
 
 
-def _explain(error: Exception, known: list[str], prefix: str = "") -> DataError:
-    text = str(error.__cause__ or error)
-    key = getattr(error, "full_key", None) or getattr(error.__cause__, "full_key", None)
-    if key is None and (match := re.search(r"[Kk]ey '([\w.]+)'", str(error))):
-        key = match[1]
-    if key:
-        key = prefix + key
-    if key and key not in known:
-        return DataError(f"unknown configuration key {key}{_nearest(key, known)}")
-    first = " ".join(text.split("\n")[0].split())
-    return DataError(f"configuration key {key}: {first}" if key else f"configuration: {first}")
+def schema_of(source: str) -> type:
+    """`PrepareConfig` with the keys of one source, by the name of its file in `conf/data_prep/source`."""
+    kind = SOURCES[cast(DictConfig, OmegaConf.load(CONF / "source" / f"{source}.yaml")).kind]
+    return make_dataclass("PrepareConfig", [("source", kind, field(default=cast(Any, "???")))], bases=(PrepareConfig,))
 
 
-def _nearest(key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
+def help_text(overrides: list[str]) -> str:
+    """The sources, and the keys of the one that is chosen."""
+    chosen = [word.partition("=")[2] for word in overrides if word.startswith("source=")]
+    schema = schema_of(chosen[0]) if chosen and chosen[0] in _names() else PrepareConfig
+    return f"source=NAME: {', '.join(_names())}\n\n{options.help_text(schema)}"
 
 
-def _keys(tree: dict[str, Any], prefix: str = "") -> list[str]:
-    keys = []
-    for name, value in tree.items():
-        keys.append(prefix + name)
-        if isinstance(value, dict):
-            keys += _keys(value, f"{prefix}{name}.")
-    return keys
+def _names() -> list[str]:
+    return sorted(file.stem for file in (CONF / "source").glob("*.yaml"))
+
+
+def _chosen(overrides: list[str]) -> str:
+    chosen = [override.partition("=")[2] for override in overrides if override.startswith("source=")]
+    if len(chosen) != 1 or chosen[0] not in _names():
+        said = f"source={chosen[0]}: no such source" if chosen else "which source? Say source=NAME"
+        raise ConfigError(f"{said}; there are {', '.join(_names())}")
+    return chosen[0]

@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from common.settings import setting
 from data_prep.sources import below, tars
 from data_prep.store.errors import DataError, Defect
 from data_prep.store.sample import Count, Dropped, Sample
@@ -52,9 +53,9 @@ class CapsFusion:
             its rows are in the subset or neither); null: all.
     """
 
-    path: Path
+    path: Path = setting(path=True)
     caption: str = "capsfusion"
-    samples: int | None = 30_000_000
+    samples: int | None = setting(30_000_000, within="[1, 1e10]")
 
     def made_from(self) -> dict[str, Any]:
         """Names and sizes of img2dataset's files, and the settings."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.settings import setting
 from data_prep.store.errors import DataError
 from data_prep.store.sample import Dialogue, Dropped, Sample
 from data_prep.text import answers
@@ -132,9 +133,9 @@ class EasyVQA:
         val_fraction: Share of the training images that go to validation.
     """
 
-    path: Path
+    path: Path = setting(path=True)
     captions: str = "facts"
-    val_fraction: float = 0.05
+    val_fraction: float = setting(0.05, within="[0, 1)")
 
     def made_from(self) -> dict[str, Any]:
         """Everything the samples depend on."""

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.settings import setting
 from data_prep.sources import each, tars
 from data_prep.sources.columns import Columns, image_bytes
 from data_prep.sources.columns import dialogues as read_row
@@ -35,13 +36,13 @@ class HuggingFace:
         samples_per_shard: Rows in a unit of work.
     """
 
-    path: Path
+    path: Path = setting(path=True)
     split: str = "train"
     image: str | None = None
     text: str | None = None
     question: str | None = None
     label: str = "hf"
-    samples_per_shard: int = 5000
+    samples_per_shard: int = setting(5000, within="[1, 1e7]")
 
     def made_from(self) -> dict[str, Any]:
         """Names and sizes of the files, and the settings."""

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from common.files import file_sha256
+from common.settings import setting
 from data_prep.sources import each, json_stream
 from data_prep.store.errors import Defect
 from data_prep.store.images import read_image
@@ -38,12 +39,12 @@ class Llava:
         samples_per_shard: Records in a unit of work.
     """
 
-    json: Path
-    images: Path
+    json: Path = setting(path=True)
+    images: Path = setting(path=True)
     captions: bool = False
     label: str | None = None
     split: str = "train"
-    samples_per_shard: int = 5000
+    samples_per_shard: int = setting(5000, within="[1, 1e7]")
 
     def made_from(self) -> dict[str, Any]:
         """The JSON file by its checksum. Image files are taken as they are when their shard is made."""

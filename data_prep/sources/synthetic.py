@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from common.settings import setting
 from data_prep.store.sample import Sample
 from data_prep.text.dialogues import exchange
 
@@ -31,11 +32,11 @@ class Synthetic:
         seed: Chooses pictures and captions.
     """
 
-    samples: int = 1_000_000
-    samples_per_shard: int = 10_000
-    side: int = 16
-    words: int = 40
-    seed: int = 0
+    samples: int = setting(1_000_000, within="[1, 1e10]")
+    samples_per_shard: int = setting(10_000, within="[1, 1e7]")
+    side: int = setting(16, within="[1, 8192]")
+    words: int = setting(40, within="[4, 10000]")
+    seed: int = setting(0, within="[0, 4294967295]")
 
     def made_from(self) -> dict[str, Any]:
         """The settings."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from common.settings import setting
 from data_prep.sources import SPLITS, below, each, tars
 from data_prep.store.errors import DataError, Defect
 from data_prep.store.sample import Count, Dropped, Sample
@@ -33,7 +34,7 @@ class WebDataset:
         split: Only this one of the splits; where the tars do not say which they are of, its name. Null: all.
     """
 
-    path: Path
+    path: Path = setting(path=True)
     image: str | None = None
     text: str = "txt"
     label: str = "webdataset"
