@@ -98,7 +98,7 @@ def test_second_run_does_nothing(part, tmp_path, capsys, monkeypatch):
     entry.main()
     assert capsys.readouterr().out.count("up to date") == len(SPLITS)
     assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.*")}
-    monkeypatch.setattr(sys, "argv", [*argv, "source.captions=short"])
+    monkeypatch.setattr(sys, "argv", [*argv, "source.captions=short", "overwrite=true"])
     entry.main()
     assert capsys.readouterr().out.count(": made: ") == len(SPLITS)
 
