@@ -18,6 +18,7 @@ from data_prep.division import Divided, check_fractions
 from data_prep.prepare import Options, Source, Task
 from data_prep.sources.capsfusion import CapsFusion
 from data_prep.sources.easy_vqa import EasyVQA
+from data_prep.sources.folder import Folder
 from data_prep.sources.hf import HuggingFace
 from data_prep.sources.llava import Llava
 from data_prep.sources.synthetic import Synthetic
@@ -27,6 +28,7 @@ CONF = places.CONF / "data_prep"
 SOURCES: dict[str, type] = {
     "capsfusion": CapsFusion,
     "easy_vqa": EasyVQA,
+    "folder": Folder,
     "hf": HuggingFace,
     "llava": Llava,
     "synthetic": Synthetic,

@@ -5,7 +5,8 @@
     srun ... python -m train.evaluate run=outputs/RUN            # questions shared among ranks
 
 Greedy decoding with a KV cache in batches, from a run's exported weights in a plain process (generating inside the
-ZeRO-3 engine is twenty times slower). Writes RUN_DIR/evaluation/SPLIT-IMAGES.json and .jsonl (every prediction).
+ZeRO-3 engine is twenty times slower). Writes RUN_DIR/evaluation/SPLIT-IMAGES.json and .jsonl (every prediction);
+results of more questions are never replaced by those of fewer, which get their number behind the name.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common.errors import run_cli
-from common.files import write_atomically, write_json
+from common.files import DamagedFile, read_json, write_atomically, write_json
 from common.settings import setting
 from data_prep.store.errors import DataError
 from data_prep.store.split import Split
@@ -212,6 +213,7 @@ def _write(
     folder = run / "evaluation"
     folder.mkdir(exist_ok=True)
     name = f"{options.split.replace('/', '-')}-{options.images}{'-merged' if options.merge else ''}"
+    name = _free_name(folder, name, len(records))
     write_atomically(folder / f"{name}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     summary = {
         "images": options.images,
@@ -232,6 +234,15 @@ def _write(
         interval = f"{value.low:.1f} - {value.high:.1f}"
         print(f"{key:<10}{value.count:>7}{value.percent:>9.1f}{interval:>18}{floor[key].percent:>9.1f}")
     print(f"predictions: {folder / name}.jsonl")
+
+
+def _free_name(folder: Path, name: str, count: int) -> str:
+    """`name`, or with the number of questions where results of more questions have that name: they are kept."""
+    try:
+        earlier = int(read_json(folder / f"{name}.json", "")["count"])
+    except (DamagedFile, KeyError, TypeError, ValueError):
+        earlier = 0
+    return f"{name}-{count}" if earlier > count else name
 
 
 def _open(config: RunConfig, split: str) -> Split:

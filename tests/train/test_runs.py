@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vlora
+from common.files import write_json
 from data_prep.store.writer import write_split
 from tests.model import parts
 from tests.train import world
-from train import adapter
+from train import adapter, evaluate
 from train.measure.tracking import read_metrics
 
 STEPS = 60
@@ -273,6 +274,26 @@ def test_answers_do_not_depend_on_the_batch(pretrained):
         answers.append([json.loads(line) for line in file.read_text().splitlines()])
     assert len(answers[0]) == 30 and len({a["prediction"] for a in answers[0]}) > 1
     assert answers[0] == answers[1]
+
+
+def test_text_first_and_a_single_image_train_on_two_ranks(home, tmp_path):
+    """Feature statistics are measured over whatever has images."""
+    made = world.samples(10)
+    write_split(home / "data" / "texts", [sample for sample in made if not sample.images] * 4)
+    write_split(home / "data" / "one", made[:1])
+    mixture = "data.train=[{path: texts, weight: 1.0}, {path: one, weight: 1.0}]"
+    done = world.train(world.overrides(home, tmp_path / "run", "stage.steps=2", mixture))
+    assert done.returncode == 0, done.stderr
+    done = world.train(world.overrides(home, tmp_path / "none", "stage.steps=2", "data.train=[{path: texts}]"))
+    assert done.returncode == 2 and "no sample with an image" in done.stderr, done.stderr
+
+
+def test_fewer_questions_do_not_replace_the_results_of_more(tmp_path):
+    for count, expected in ((30, "test-real"), (30, "test-real"), (4, "test-real-4"), (50, "test-real")):
+        name = evaluate._free_name(tmp_path, "test-real", count)
+        assert name == expected
+        if name == "test-real":
+            write_json(tmp_path / f"{name}.json", {"count": count})
 
 
 def unreadable_image(home, tmp_path):

@@ -37,6 +37,7 @@ def resolve(composed: DictConfig | ListConfig) -> RunConfig:
     """
     # As plain containers: Hydra lets `+key=value` add keys to a typed node, merging into a fresh one does not.
     config: RunConfig = options.typed(RunConfig, cast(dict, OmegaConf.to_container(composed)))
+    config.data.use_named(config.stage.name)
     validate(config)
     return config
 

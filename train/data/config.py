@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from common.errors import ConfigError
 from common.settings import setting
+from data_prep.store.manifest import MANIFEST
 from data_prep.text.templates import NAMES
 
 GROUPINGS = ("none", "length", "length_modality")
@@ -30,6 +32,7 @@ class DataConfig:
 
     Attributes:
         root: Folder of prepared data.
+        name: A prepared data set, whose splits take the place of `train`, `val` and `test` (`use_named`); null: these.
         train: Sources of the training mixture.
         val, test: Folders of the splits to evaluate on, below `root` unless absolute.
         expected_length: Tokens of the longest row, to plan memory with (`check=true`) where data or tokenizer are not
@@ -59,6 +62,7 @@ class DataConfig:
     train: list[SourceConfig] = field(default_factory=list)
     val: str | None = setting(None, path=True)
     test: str | None = setting(None, path=True)
+    name: str | None = setting(None)
     expected_length: int | None = setting(None, within="[1, 1e7]")
     batch_size: int = setting(32, within="[1, 1e7]")
     group_by: str = setting("none", choices=GROUPINGS)
@@ -75,11 +79,40 @@ class DataConfig:
     num_workers: int = setting(0, within="[0, 256]")
     prefetch: int = setting(2, within="[1, 1000]")
 
+    def use_named(self, stage: str) -> None:
+        """Put the splits of `name` in the place of `train`, `val` and `test`, and null in that of `name`.
+
+        Pretraining takes `caption_train` and `caption_val` where the data set has them; else, and for finetuning, it is
+        `train` and `val`. `test` is `test`. A split that is not there is null.
+
+        Args:
+            stage: `pretrain` or `finetune`.
+
+        Raises:
+            ConfigError: no such data set, or nothing in it to train on.
+        """
+        if self.name is None:
+            return
+        folder = Path(self.root) / self.name
+        found = {file.parent.name for file in folder.glob(f"*/{MANIFEST}")}
+        first = "caption_" if stage == "pretrain" and "caption_train" in found else ""
+        if f"{first}train" not in found:
+            others = sorted({file.parents[1].name for file in Path(self.root).glob(f"*/*/{MANIFEST}")})
+            what = f"{folder} has no split train, only {', '.join(sorted(found))}" if found else f"no data set {folder}"
+            raise ConfigError(
+                f"data.name={self.name}: {what}; there are {', '.join(others) or 'none'}. Make it with "
+                f"python -m data_prep source=folder source.path=FOLDER name={self.name} (docs/data.md)"
+            )
+        self.train = [SourceConfig(f"{self.name}/{first}train")]
+        self.val = f"{self.name}/{first}val" if f"{first}val" in found else None
+        self.test = f"{self.name}/test" if "test" in found else None
+        self.name = None
+
     def check(self, prefix: str) -> None:
         """Something to train on.
 
         Raises:
             ConfigError: no source.
         """
-        if not self.train:
+        if not self.train and self.name is None:
             raise ConfigError(f"{prefix}train is empty: name at least one prepared split")

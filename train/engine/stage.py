@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +19,7 @@ from common.errors import UserError
 from common.files import write_json
 from data_prep.store.errors import DataError
 from data_prep.store.pixels import ImageInput
+from data_prep.store.split import Split
 from model.config import VisionConfig
 from model.connectors import FeatureNorm
 from model.generator.weights import base_norms
@@ -228,18 +230,21 @@ def _measure_features(
 ) -> None:
     """Fill the connector's `norm` with mean and deviation over training images. Collective.
 
-    Takes samples spread evenly over the first source; every rank encodes the same number of them.
+    Takes samples spread evenly over those of all sources that have images; every rank encodes the same number of them.
     """
     rank, world = distributed.rank(), distributed.world_size()
-    split = loader.splits[0]
-    count = min(images, len(split)) // world * world
+    chosen = _spread(loader.splits, images)
+    if not chosen:
+        folders = ", ".join(str(split.folder) for split in loader.splits)
+        raise UserError(f"{folders}: no sample with an image, which the connector needs to learn from")
     total = torch.zeros(2, len(norm.mean), dtype=torch.float64)
     seen = 0
-    for index in range(rank, count, world):
-        position = index * len(split) // count
-        files = loader.images(0, position)
+    for index in range(rank, -(-len(chosen) // world) * world, world):
+        # A rank with none left, or with one of a shard that is left out, still runs the encoder: ZeRO-3 needs every
+        # rank in step.
+        source, position = chosen[min(index, len(chosen) - 1)]
+        split, files = loader.splits[source], loader.images(source, position) if index < len(chosen) else []
         try:
-            # A text-only sample still runs the encoder: ZeRO-3 needs every rank in step.
             views = image(files[0]) if files else image.dummy()
         except ValueError as error:  # ImageError, DataError
             raise UserError(f"{split.shard_of(position)}: sample {split[position].id}: {error}") from error
@@ -254,9 +259,22 @@ def _measure_features(
             seen += len(flat)
     *sums, vectors = distributed.reduce([*total.flatten().tolist(), float(seen)], engine.device)
     if not vectors:
-        raise UserError(f"{split.folder}: no sample with an image to measure feature statistics on")
+        raise UserError("all shards that hold images are corrupt and left out (data.on_corrupt_shard=drop)")
     mean, square = (torch.tensor(sums, dtype=torch.float64) / vectors).view(2, -1)
     norm.set(mean.float(), (square - mean.square()).clamp_min(0).sqrt().float())
+
+
+def _spread(splits: list[Split], number: int) -> list[tuple[int, int]]:
+    """(source, position) of at most `number` samples with images, spread evenly over all that there are."""
+    having = [np.flatnonzero(split.index()["images"]) for split in splits]
+    ends = np.cumsum([len(positions) for positions in having])
+    count = min(number, int(ends[-1]))
+    places = np.arange(count) * int(ends[-1]) // max(1, count)
+    sources = np.searchsorted(ends, places, side="right")
+    return [
+        (source, int(having[source][place - ends[source]]))
+        for source, place in zip(sources.tolist(), places.tolist(), strict=True)
+    ]
 
 
 def _check_answers(config: RunConfig, tokenizer: PreTrainedTokenizerBase, warn: bool) -> None:
