@@ -210,7 +210,9 @@ def _reshard(path: Path) -> Path:
             shutil.rmtree(folder, ignore_errors=True)
         command = [sys.executable, "-m", "train.engine.weights_only", str(path.absolute()), str(temporary.absolute())]
         code = Path(__file__).resolve().parents[2]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=code)
+        # Its error comes back on stderr, not through this rank's file for the launcher.
+        environment = {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_ERROR_FILE"}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=code, env=environment)
         if done.returncode == 0:
             os.replace(temporary, universal)
         else:
