@@ -147,8 +147,9 @@ class ConnectorConfig:
     """How the image reaches the language model.
 
     Attributes:
-        name: `vlora` (through its weights), `mlp` (LLaVA-v1.5: two-layer projector, visual tokens in the input) or
-            `qformer` (learned queries, visual tokens in the input).
+        name: `vlora` (through its weights), `mlp` (LLaVA-v1.5: two-layer projector, visual tokens in the input),
+            `qformer` (learned queries, visual tokens in the input) or `crossattn` (gated cross-attention in the layers
+            that `generator.every` or `generator.layers` names, no visual token in the input).
         normalize_features: Standardise each feature channel with the mean and deviation over the training images;
             null: only when the generator's init is `stable`.
         num_queries: Visual tokens of the `qformer`.

@@ -18,29 +18,32 @@ from transformers import PreTrainedModel
 from common.settings import one_of
 from model.batch import Batch
 from model.config import ModelConfig
+from model.decoder.cross_attention import GatedCrossAttention, VisualContext, attach_blocks
 from model.decoder.injection import inject
 from model.flops import blocks_flops, linear_weights
 from model.generator.generator import PerceptualWeightsGenerator
-from model.generator.placement import Placement, place
+from model.generator.placement import Placement, decoder_layers, place, placed_layers
 from model.generator.weights import PerceptualWeights
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a connector hands to the language model; exactly one of the two is set.
+    """What a connector hands to the language model; exactly one of the three is set.
 
     Attributes:
         weights: Deltas for the LLM's projections.
         tokens: Visual tokens [I, N, D] of every image, for the LLM's input.
+        context: Features of every image, for cross-attention inside the decoder.
     """
 
     weights: PerceptualWeights | None = None
     tokens: Tensor | None = None
+    context: VisualContext | None = None
 
     def rows(self, batch: Batch) -> Tensor:
         """Visual tokens of every text row [R, M, D], those of its sample's images in order; 0 where there is none."""
         assert self.tokens is not None
-        images = _images_of_rows(batch)
+        images = images_of_rows(batch)
         index = torch.tensor([[max(image, 0) for image in row] for row in images], device=self.tokens.device)
         real = torch.tensor([[image >= 0 for image in row] for row in images], device=self.tokens.device)
         return (self.tokens[index] * real[..., None, None].to(self.tokens.dtype)).flatten(1, 2)
@@ -56,7 +59,7 @@ class Conditioning:
         """
         assert self.tokens is not None
         device = batch.input_ids.device
-        real = torch.tensor([[image >= 0 for image in row] for row in _images_of_rows(batch)], device=device)
+        real = torch.tensor([[image >= 0 for image in row] for row in images_of_rows(batch)], device=device)
         length = batch.input_ids.shape[1]
         at = torch.zeros(real.shape, dtype=torch.int64, device=device)
         if batch.image_at is not None:
@@ -69,7 +72,7 @@ class Conditioning:
         return order, torch.cat([there, batch.attention_mask], dim=1).gather(1, order)
 
 
-def _images_of_rows(batch: Batch) -> list[list[int]]:
+def images_of_rows(batch: Batch) -> list[list[int]]:
     """Numbers of the images of every text row's sample, filled up with -1 to one length, which is at least 1.
 
     The dummy of a batch without images is nobody's: its tokens enter times zero, so that the projector still gets a
@@ -336,7 +339,60 @@ class QFormerConnector(TokenConnector):
         return 2.0 * projections + blocks_flops(former.blocks, queries, patches)
 
 
-CONNECTORS: dict[str, type[Connector]] = {"vlora": VLoRAConnector, "mlp": MLPConnector, "qformer": QFormerConnector}
+class CrossAttentionConnector(Connector):
+    """Inside the decoder: some layers look at the image's features through gated cross-attention; no visual token.
+
+    In every n-th layer, or the listed ones, as `generator.every` and `generator.layers` place deltas.
+    """
+
+    def __init__(self, config: ModelConfig, llm: PreTrainedModel, num_patches: int, feature_width: int) -> None:
+        super().__init__(config, feature_width)
+        text = llm.config.get_text_config()
+        layers = placed_layers(config.generator, len(decoder_layers(llm)))
+        self.first_layer, self.num_patches = layers[0], num_patches
+        self.features = nn.LayerNorm(feature_width)
+        heads = text.num_attention_heads
+        self.blocks = nn.ModuleList(
+            GatedCrossAttention(layer, text.hidden_size, feature_width, heads) for layer in layers
+        )
+
+    @classmethod
+    def build(cls, config: ModelConfig, llm: PreTrainedModel, num_patches: int, feature_width: int) -> Self:
+        """See `Connector`."""
+        return cls(config, llm, num_patches, feature_width)
+
+    def attach(self, llm: PreTrainedModel) -> None:
+        """See `Connector`."""
+        attach_blocks(llm, list(self.blocks))
+
+    def forward(self, features: Tensor, image_to_sample: Tensor, image_weight: Tensor, n_samples: int) -> Conditioning:
+        """See `Connector`."""
+        return Conditioning(context=VisualContext(self.features(self.normalized(features))))
+
+    def flops(self) -> float:
+        """See `Connector`."""
+        return 2.0 * self.num_patches * sum(linear_weights(block.key_value) for block in self.blocks)
+
+    def decoder_flops(self) -> float:
+        """See `Connector`."""
+        total = 0.0
+        for block in self.blocks:
+            total += 2.0 * (linear_weights(block.query) + linear_weights(block.out))
+            total += 4.0 * self.num_patches * block.query.out_features
+        return total
+
+    def describe(self) -> list[str]:
+        """See `Connector`."""
+        layers = ", ".join(str(block.index) for block in self.blocks)
+        return [f"gated cross-attention of {self.blocks[0].heads} heads in front of layers {layers} (0-based)"]
+
+
+CONNECTORS: dict[str, type[Connector]] = {
+    "vlora": VLoRAConnector,
+    "mlp": MLPConnector,
+    "qformer": QFormerConnector,
+    "crossattn": CrossAttentionConnector,
+}
 """By `connector.name`. One more needs its class, its line here and its `conf/connector/NAME.yaml`."""
 
 

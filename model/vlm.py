@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from model.batch import IGNORE, Batch
 from model.config import ModelConfig
-from model.connectors import Conditioning, Connector, connector_class
+from model.connectors import Conditioning, Connector, connector_class, images_of_rows
+from model.decoder.cross_attention import looking_at
 from model.decoder.injection import compile_forward, pinned
 from model.decoder.loss import attach_loss
 from model.decoder.norms import resolve_kernels, use_kernels
@@ -147,6 +148,8 @@ class VisionLanguageModel(nn.Module):
         if conditioning is not None and conditioning.weights is not None:
             rows = batch.rows if packing is None else packing.rows(batch.rows)
             keywords["perceptual_weights"] = conditioning.weights.for_rows(rows)
+        if conditioning is not None and conditioning.context is not None:
+            keywords["visual_context"] = conditioning.context.for_rows(images_of_rows(batch), packing)
         if order is not None:
             at = at.gather(1, order.argsort(1)[:, -batch.input_ids.shape[1] :])
         return Inputs(keywords, at, positions, tokens)
@@ -221,10 +224,10 @@ class VisionLanguageModel(nn.Module):
         """
         conditioning = self.condition(batch) if batch.has_image else None
         inputs = self.inputs(batch, conditioning).keywords
-        weights = inputs.pop("perceptual_weights", None)
+        weights, context = inputs.pop("perceptual_weights", None), inputs.pop("visual_context", None)
         inputs.pop("position_ids")  # generate derives the same ones from the mask
         pin: AbstractContextManager = pinned(self.llm, weights) if weights is not None else nullcontext()
-        with pin:
+        with pin, looking_at(self.llm, context):
             out = self.llm.generate(
                 **inputs,
                 **{"do_sample": False, "use_cache": True} | options,

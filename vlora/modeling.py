@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from model.batch import Batch
 from model.connectors import Conditioning
+from model.decoder.cross_attention import looking_at
 from model.deploy.merging import MergeReport, merged
 from model.generator.weights import PerceptualWeights
 from model.loading import ModelError, fingerprint
@@ -267,6 +268,7 @@ class VLoRAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if pixel_values is not None:
             perceptual_weights, inputs = self._inputs(input_ids, attention_mask, pixel_values, (image_to_row, image_at))
             input_ids, inputs_embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+            options |= {name: inputs[name] for name in ("visual_context",) if name in inputs}
             attention_mask, position_ids = inputs["attention_mask"], inputs["position_ids"]
         if perceptual_weights is not None:
             options["perceptual_weights"] = perceptual_weights
@@ -310,7 +312,8 @@ class VLoRAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if weights is not None:
             options["perceptual_weights"] = weights
         if "inputs_embeds" not in given:
-            return super().generate(ids, generation_config, attention_mask=mask, **options)
+            with looking_at(self.model.llm, given.get("visual_context")):
+                return super().generate(ids, generation_config, attention_mask=mask, **options)
         embeds = {key: given[key] for key in ("inputs_embeds", "attention_mask")}
         out = super().generate(None, generation_config, **embeds, **options)
         whole = not isinstance(out, Tensor)

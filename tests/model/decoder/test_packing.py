@@ -35,7 +35,7 @@ def loss_and_gradients(model, batch, pack_tokens):
 @pytest.mark.parametrize(
     ("name", "tokens"), [*((name, 16) for name in parts.DECODERS), ("llama-gqa", 9), ("llama-gqa", 1000)]
 )
-@pytest.mark.parametrize("connector", ["vlora", "mlp", "qformer"])
+@pytest.mark.parametrize("connector", ["vlora", "mlp", "qformer", "crossattn"])
 def test_packed_equals_padded(name, connector, tokens):
     # transformers' eager attention, Gemma's default, makes NaN of wholly masked padding in fp64: its softmax is fp32.
     exact = name != "gemma2"

@@ -28,7 +28,7 @@ def composed(*overrides: str) -> RunConfig:
 
 @pytest.mark.parametrize("llm", ["smollm2_135m", "tiny", "vicuna_7b"])
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-@pytest.mark.parametrize("connector", ["vlora", "mlp", "qformer"])
+@pytest.mark.parametrize("connector", ["vlora", "mlp", "qformer", "crossattn"])
 def test_every_choice_composes(llm, stage, connector):
     init = ["init_from=somewhere"] if stage == "finetune" else []
     config = composed(f"llm={llm}", f"stage={stage}", f"connector={connector}", *init)

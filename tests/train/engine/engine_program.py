@@ -282,10 +282,18 @@ def nan_steps(results: dict) -> None:
 
 ORDERS = [
     *[(encoder, "vlora", 3) for encoder in parts.ENCODERS],
-    *[("dinov2", connector, 3) for connector in ("mlp", "qformer")],
+    *[("dinov2", connector, 3) for connector in ("mlp", "qformer", "crossattn")],
     *[("siglip", "qformer", stage) for stage in (0, 1, 2, 3)],
 ]
 """Encoder, connector, ZeRO stage."""
+
+
+def features_of(model, batch):
+    """What the connector makes of the images, where that is one tensor."""
+    if model.placement is not None:
+        return model.encode(batch.images)
+    made = model.condition(batch)
+    return made.context.features if made.tokens is None else made.tokens
 
 
 def evaluation_first(results: dict) -> None:
@@ -301,7 +309,7 @@ def evaluation_first(results: dict) -> None:
             uses = {
                 "answer": lambda m, b=batch: m.generate(b, 3, 0, 2).float(),
                 "loss": lambda m, b=batch: m(b).loss_sum,
-                "features": lambda m, b=batch: m.condition(b).tokens if m.placement is None else m.encode(b.images),
+                "features": lambda m, b=batch: features_of(m, b),
             }
             worst_of = 0.0
             for name in sorted(uses, key=lambda n, first=first: n != first):
