@@ -195,11 +195,13 @@ def _write(
     run: Path, options: Options, config: RunConfig, split: Split, records: list[dict[str, Any]], seconds: float
 ) -> None:
     records.sort(key=lambda r: (r["sample"], r["dialogue"]))
-    questions = [Question(r["sample"], r["question"], r["answer"]) for r in records]
+    questions = [Question.of(r["sample"], r["question"], r["answer"], r.pop("reference")) for r in records]
     predictions = [r["prediction"] for r in records]
-    for record in records:
-        record["type"] = scoring.answer_type(record["answer"])
-        record["right"] = scoring.normalise(record["prediction"]) == scoring.normalise(record["answer"])
+    for record, question, kind in zip(records, questions, scoring.kinds(questions), strict=True):
+        points = scoring.score(question, record["prediction"])
+        record |= {"type": kind, "right": points > 0.5, "score": points}
+        if question.answers:
+            record["answers"] = question.answers
     result = scoring.accuracy(questions, predictions)
     try:
         training = training_questions(config)
@@ -218,6 +220,7 @@ def _write(
     summary = {
         "images": options.images,
         "split": options.split,
+        "data": str(split.folder),
         "count": len(records),
         "available": int(split.index()["dialogues"].sum()),
         "seconds": seconds,
@@ -228,11 +231,13 @@ def _write(
     write_json(folder / f"{name}.json", summary)
     if (run / FOLDER / "config.json").is_file():
         card.write(run, run / FOLDER)
-    print(f"{run}: {len(records)} of {summary['available']} {options.split} questions, images: {options.images}")
-    print(f"{'type':<10}{'count':>7}{'right %':>9}{'95 % interval':>18}{'blind %':>9}")
+    asked = f"{len(records)} of {summary['available']} questions of {split.folder}"
+    print(f"{run}: {asked} ({options.split}), images: {options.images}")
+    width = max(10, *(len(key) + 2 for key in result))
+    print(f"{'type':<{width}}{'count':>7}{'right %':>9}{'95 % interval':>18}{'blind %':>9}")
     for key, value in result.items():
         interval = f"{value.low:.1f} - {value.high:.1f}"
-        print(f"{key:<10}{value.count:>7}{value.percent:>9.1f}{interval:>18}{floor[key].percent:>9.1f}")
+        print(f"{key:<{width}}{value.count:>7}{value.percent:>9.1f}{interval:>18}{floor[key].percent:>9.1f}")
     print(f"predictions: {folder / name}.jsonl")
 
 

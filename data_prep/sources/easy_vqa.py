@@ -22,10 +22,13 @@ from typing import Any
 
 from common.settings import setting
 from data_prep.store.errors import DataError
-from data_prep.store.sample import Dialogue, Dropped, Sample
-from data_prep.text import answers
-from data_prep.text.answers import COLORS, SHAPES
+from data_prep.store.sample import Dialogue, Dropped, Reference, Sample
 from data_prep.text.dialogues import exchange
+
+SHAPES = ("circle", "rectangle", "triangle")
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+KINDS = {"shape": SHAPES, "color": COLORS, "yesno": ("yes", "no")}
+"""Answers of each kind of question."""
 
 _STATED = re.compile(
     r"(?:does the image (?P<not1>not )?contain a|is (?:a|(?P<not2>no))(?=.* present)|is there (?P<not3>not )?a) "
@@ -40,9 +43,9 @@ def answer_type(answer: str) -> str:
     Raises:
         DataError: not one of the 13 answers.
     """
-    if (kind := answers.answer_type(answer)) in answers.KINDS:
+    if kind := next((kind for kind, answers in KINDS.items() if answer in answers), None):
         return kind
-    raise DataError(f"easy-VQA has no answer {answer!r}; there are {', '.join(sum(answers.KINDS.values(), ()))}")
+    raise DataError(f"easy-VQA has no answer {answer!r}; there are {', '.join(sum(KINDS.values(), ()))}")
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,7 @@ class EasyVQA:
         }
         return {
             "source": "easy_vqa",
+            "reader": 2,  # 2: kinds of the questions
             "questions": questions,
             "captions": [self.captions, CAPTIONS.get(self.captions)],
             "val_fraction": self.val_fraction,
@@ -164,13 +168,14 @@ class EasyVQA:
                 questions = [(q, a) for q, a in questions if answer_type(a) != "yesno"]
                 if not questions:
                     continue
-            name = f"easy_vqa/{part}/{number}"
+            name, references = f"easy_vqa/{part}/{number}", []
             if not split.startswith("caption_"):
                 dialogues = [exchange(question, answer) for question, answer in questions]
+                references = [Reference(kind=answer_type(answer), answers=[], match="exact") for _, answer in questions]
             elif not (dialogues := captions(facts(questions), self.captions)):
                 # Not a defect: the questions of this image leave its shape or its colour open.
                 continue
-            yield Sample(name, [image], dialogues, "easy_vqa")
+            yield Sample(name, [image], dialogues, "easy_vqa", references)
 
     def _is_validation(self, image: bytes) -> bool:
         return int(hashlib.sha256(image).hexdigest()[:8], 16) < self.val_fraction * 2**32

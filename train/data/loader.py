@@ -24,7 +24,7 @@ from common.files import digest
 from data_prep.store.errors import CorruptShardError, DataError
 from data_prep.store.manifest import MANIFEST
 from data_prep.store.pixels import ImageInput
-from data_prep.store.sample import Sample
+from data_prep.store.sample import Reference, Sample
 from data_prep.store.split import Split
 from data_prep.text.encoder import TextEncoder
 from model.batch import IGNORE, Batch
@@ -406,12 +406,15 @@ class TrainLoader:
 
 @dataclass(frozen=True)
 class EvalItem:
-    """One dialogue to evaluate: its sample, its number in the sample, the user's last text and the wanted answer."""
+    """One dialogue to evaluate: its sample, its number in the sample, the user's last text, the wanted answer, and how
+    the data set says that it is scored.
+    """
 
     sample: str
     dialogue: int
     question: str
     answer: str
+    reference: Reference | None = None
 
 
 @dataclass(frozen=True)
@@ -530,7 +533,8 @@ class EvalLoader:
             for d in dialogues:
                 encoders.append(self.text.encoder(sample.conversations[d]))
                 user = [turn["content"] for turn in sample.conversations[d] if turn["role"] == "user"]
-                items.append(EvalItem(sample.id, d, user[-1], sample.conversations[d][-1]["content"]))
+                reference = sample.references[d] if sample.references else None
+                items.append(EvalItem(sample.id, d, user[-1], sample.conversations[d][-1]["content"], reference))
         batch = collate(pieces, self.image, self.text.dialogue.pad_id, left=self.prompts)
         if filler:
             batch.labels = torch.full_like(batch.labels, IGNORE)

@@ -1,13 +1,17 @@
-"""Accuracy by answer type with confidence intervals, and the blind floor."""
+"""Accuracy by kind of question with confidence intervals, and the blind floor."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
-from data_prep.text import answers
+from data_prep.store.sample import Reference
+
+MOST_TEXTS = 12
+"""A set of questions without kinds and with at most so many different texts is told apart by its texts."""
 
 
 @dataclass(frozen=True)
@@ -18,11 +22,24 @@ class Question:
         sample: Id of the sample it belongs to.
         text: The user's turn.
         answer: The reference.
+        kind: What accuracy is told apart by; empty: by the answer.
+        answers: All accepted answers; empty: `answer` alone.
+        match: How they are compared, one of `data_prep.store.sample.MATCHES`.
     """
 
     sample: str
     text: str
     answer: str
+    kind: str = ""
+    answers: tuple[str, ...] = ()
+    match: str = "exact"
+
+    @classmethod
+    def of(cls, sample: str, text: str, answer: str, reference: Reference | None = None) -> Question:
+        """With what the data set says about its scoring, where it does."""
+        if reference is None:
+            return cls(sample, text, answer)
+        return cls(sample, text, answer, reference["kind"], tuple(reference["answers"]), reference["match"])
 
 
 @dataclass(frozen=True)
@@ -41,13 +58,13 @@ class Accuracy:
     high: float
 
     @classmethod
-    def of(cls, right: int, count: int) -> Accuracy:
+    def of(cls, right: float, count: int) -> Accuracy:
         """From counts; `count` above 0."""
         low, high = wilson(right, count)
         return cls(100 * right / count, count, 100 * low, 100 * high)
 
 
-def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(right: float, count: int, z: float = 1.959964) -> tuple[float, float]:
     """Wilson score interval of a proportion (Wilson 1927); stays within 0 and 1 where the normal one does not."""
     share, zz = right / count, z * z
     centre = (share + zz / (2 * count)) / (1 + zz / count)
@@ -61,18 +78,77 @@ def normalise(answer: str) -> str:
 
 
 def answer_type(answer: str) -> str:
-    """Kind of a reference answer: easy-VQA's `shape`, `color`, `yesno`; of others `number` or `other`, as in VQAv2."""
-    return answers.answer_type(normalise(answer))
+    """`yesno`, `number` or `other`, as in VQAv2: the kind of a question by its reference answer."""
+    text = normalise(answer)
+    return "yesno" if text in ("yes", "no") else "number" if _number(text) is not None else "other"
+
+
+def kinds(questions: list[Question]) -> list[str]:
+    """The kind of each question: as the data set says; else its text, where there are few; else by its answer."""
+    texts = {question.text for question in questions}
+    by_text = 1 < len(texts) <= MOST_TEXTS and not any(question.kind for question in questions)
+    return [question.kind or (question.text if by_text else answer_type(question.answer)) for question in questions]
+
+
+def score(question: Question, prediction: str) -> float:
+    """How right an answer is, 0 to 1; between them only for `vqa`.
+
+    `exact`: equal to an accepted answer, both normalised. `number`: the same number, whatever its spelling. `choice`:
+    the letter of the option (`B`, `(b)`, `B. a dog`) or its text. `contains`: an accepted answer stands in the
+    prediction, as whole words. `vqa`: the VQAv2 accuracy, min(1, votes / 3) averaged over all sets of nine votes (Antol
+    et al. 2015, section 3).
+    """
+    accepted, said = question.answers or (question.answer,), normalise(prediction)
+    match question.match:
+        case "vqa":
+            return _vqa_accuracy(accepted, prediction)
+        case "number":
+            number = _number(said)
+            return float(said in map(normalise, accepted) or (number is not None and number in map(_number, accepted)))
+        case "choice":
+            letter = re.match(r"\(?([a-z])(?:[).:]|$|(?=[.:)]?\s))", said)
+            return float(
+                said in map(normalise, accepted) or (letter is not None and letter[1] == normalise(accepted[0]))
+            )
+        case "contains":
+            return float(any(re.search(rf"(?<!\w){re.escape(normalise(each))}(?!\w)", said) for each in accepted))
+        case _:
+            return float(said in map(normalise, accepted))
+
+
+def _vqa_accuracy(votes: tuple[str, ...], prediction: str) -> float:
+    said = _vqa_text(prediction)
+    same = [_vqa_text(vote) == said for vote in votes]
+    total = sum(same)
+    return sum(min(1.0, (total - one) / 3) for one in same) / len(same)
+
+
+def _vqa_text(answer: str) -> str:
+    """As VQAv2's evaluation compares answers: no articles, no punctuation, numbers in digits."""
+    words = re.sub(r"[^\w\s']", " ", normalise(answer).replace(",", "")).split()
+    return " ".join(str(_NUMBERS.index(word)) if word in _NUMBERS else word for word in words if word not in _ARTICLES)
+
+
+_ARTICLES = ("a", "an", "the")
+_NUMBERS = ["none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+
+def _number(text: str) -> float | None:
+    text = normalise(text).replace(",", "")
+    if text in _NUMBERS[1:]:
+        return float(_NUMBERS.index(text))
+    return float(text) if re.fullmatch(r"[-+]?\d+(?:\.\d+)?", text) else None
 
 
 def accuracy(questions: list[Question], predictions: list[str]) -> dict[str, Accuracy]:
-    """Accuracy per answer type and `overall`."""
-    right: dict[str, int] = defaultdict(int)
+    """Accuracy per kind and `overall`."""
+    right: dict[str, float] = defaultdict(float)
     count: dict[str, int] = defaultdict(int)
-    for question, prediction in zip(questions, predictions, strict=True):
-        for key in (answer_type(question.answer), "overall"):
+    for question, kind, prediction in zip(questions, kinds(questions), predictions, strict=True):
+        points = score(question, prediction)
+        for key in (kind, "overall"):
             count[key] += 1
-            right[key] += normalise(prediction) == normalise(question.answer)
+            right[key] += points
     return {key: Accuracy.of(right[key], count[key]) for key in sorted(count, key=lambda k: (k == "overall", k))}
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from train.measure.scoring import Accuracy, Question, accuracy, answer_type, blind_predictions, normalise, wilson
+from train.measure.scoring import Accuracy, Question, accuracy, blind_predictions, normalise, score, wilson
 
 
 def test_wilson_against_published_values():
@@ -10,17 +10,48 @@ def test_wilson_against_published_values():
     assert wilson(29, 29) == pytest.approx((0.8830, 1.0), abs=5e-5)
 
 
-def test_accuracy_is_counted_per_answer_type():
-    questions = [Question("a", "q", answer) for answer in ("red", "blue", "circle", "yes")]
+def test_accuracy_is_counted_per_kind():
+    """By the data set's kinds; else by the text of few questions; else by the answer."""
+    asked = (("red", "color"), ("blue", "color"), ("circle", "shape"), ("yes", ""))
+    questions = [Question("a", "q", answer, kind) for answer, kind in asked]
     result = accuracy(questions, ["Red.", "green", " circle", "no"])
     assert list(result) == ["color", "shape", "yesno", "overall"]
     assert result["color"].percent == 50 and result["color"].count == 2
     assert result["overall"] == Accuracy.of(2, 4)
+    few = [Question("a", f"what {n}?", "x") for n in (0, 1, 0)]
+    assert list(accuracy(few, ["x"] * 3)) == ["what 0?", "what 1?", "overall"]
+    many = [Question("a", f"what {n}?", answer) for n in range(7) for answer in ("Yes", "12", "a brown dog")]
+    many += [Question("a", f"who {n}?", "3.5") for n in range(7)]
+    assert {name: result.count for name, result in accuracy(many, ["no"] * 28).items()} == {
+        "number": 14, "other": 7, "yesno": 7, "overall": 28,
+    }  # fmt: skip
 
 
-def test_answers_of_other_data_sets_have_vqav2_types():
-    kinds = {"Yes": "yesno", "red.": "color", "circle": "shape", "12": "number", "a brown dog": "other", "": "other"}
-    assert {answer: answer_type(answer) for answer in kinds} == kinds
+@pytest.mark.parametrize(
+    ("match", "answers", "right", "wrong"),
+    [
+        ("exact", ["the end", "end"], ["The End.", "end"], ["the", "ending", ""]),
+        ("number", ["3"], ["3", "3.0", "three", " 3. "], ["33", "thirty", "", "none"]),
+        ("number", ["1,200"], ["1200", "1,200"], ["1.2"]),
+        ("choice", ["B", "a dog"], ["B", "b.", "(B)", "B. a dog", "a dog", "B) a dog"], ["A", "bat", "a cat", ""]),
+        ("contains", ["red"], ["it is red", "Red!", "red"], ["reddish", "no", ""]),
+    ],
+)
+def test_answers_are_compared_as_the_data_set_says(match, answers, right, wrong):
+    question = Question("a", "q", answers[0], answers=tuple(answers), match=match)
+    assert [score(question, said) for said in right] == [1.0] * len(right)
+    assert [score(question, said) for said in wrong] == [0.0] * len(wrong)
+
+
+def test_vqa_accuracy_against_its_definition():
+    """min(1, n / 3) averaged over every choice of nine of the ten votes, as the VQAv2 paper says."""
+    votes = ("red",) * 3 + ("dark red",) * 2 + ("maroon",) * 5
+    for said in ("Red.", "the red", "dark red", "maroon", "blue"):
+        plain = said.lower().removesuffix(".").removeprefix("the ")
+        sets = [votes[:n] + votes[n + 1 :] for n in range(10)]
+        expected = sum(min(1, nine.count(plain) / 3) for nine in sets) / 10
+        assert score(Question("a", "q", "red", answers=votes, match="vqa"), said) == pytest.approx(expected)
+    assert score(Question("a", "q", "2", answers=("2",) * 10, match="vqa"), "two") == 1
 
 
 def test_blind_predictions_use_training_only():
