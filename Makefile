@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv demo compare kernels sweep test chaos test-slurm check clean
+.PHONY: help venv demo compare kernels gpu gpu-wheels sweep test chaos test-slurm check clean
 
 help:                             ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -41,6 +41,12 @@ kernels: $(VENV)/.test-installed  ## every figure of docs/kernels.md and of the 
 	$(BIN)/python -m benchmarks.traffic
 	$(BIN)/python -m benchmarks.ahead_of_time
 
+gpu:                              ## everything that needs a GPU, proved and measured (docs/gpu.md); ARGS="--device cpu --tiny"
+	GPU_WHEELS=none PYTHON=$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) bash benchmarks/gpu/run.sh $(ARGS)
+
+gpu-wheels: $(VENV)/.installed    ## what a GPU machine without internet lacks, into .gpu-wheels
+	PYTHON=$(BIN)/python bash benchmarks/gpu/wheels.sh
+
 sweep: $(VENV)/.installed         ## a 2 x 2 sweep over rank and blocks with the tiny LLM, and its report
 	$(BIN)/python -m data_prep.parts
 	$(BIN)/python -m data_prep source=easy_vqa
@@ -55,7 +61,7 @@ check: $(VENV)/.installed         ## lint, format and types: what must pass befo
 	$(BIN)/python -m mypy
 
 clean:                            ## remove the environment, caches and outputs
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache outputs multirun
+	rm -rf $(VENV) .gpu-wheels .cache .pytest_cache .ruff_cache .mypy_cache outputs multirun
 
 # torch first: DeepSpeed's build looks for it.
 $(VENV)/.installed: requirements.txt requirements-dev.txt

@@ -193,7 +193,9 @@ class VisionLanguageModel(nn.Module):
 
         Non-reentrant: the reentrant form gives the generator zero gradients without a word.
         """
-        self.llm.activation_checkpointing_enable({"use_reentrant": False})
+        # Renamed after transformers 5.17, which has the second name only.
+        enable = getattr(self.llm, "activation_checkpointing_enable", None) or self.llm.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         # transformers makes the embeddings' output require a gradient, which only the reentrant form needs: a frozen
         # LLM would be run backwards below the first placed layer too, for a gradient that nobody reads.
         self.llm.disable_input_require_grads()

@@ -1,7 +1,7 @@
-"""Every Triton kernel against float64 under the interpreter; used on the real kernels and on broken ones.
+"""Every Triton kernel against float64, under the interpreter or on a GPU; used on the real kernels and on broken ones.
 
-A check takes the op's module, so that the mutation test can hand in a mutant. All inputs lie between forbidden pages
-and all outputs start as NaN.
+A check takes the op's module, so that the mutation test can hand in a mutant. All outputs start as NaN; under the
+interpreter all tensors lie between forbidden pages, on a GPU between NaN.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from triton import knobs
 
 from model.ops.rows import NO_SAMPLE, Rows, Segments
-from tests.model.ops.interpreted.guard import guarded
+from tests.model.ops.interpreted import guard
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not knobs.runtime.interpret else "cpu")
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-4, torch.bfloat16: 2.3e-3}
 """Relative to the float64 result. bf16 rounding costs 1.7e-3; 6e-3 would let a truncating conversion through."""
@@ -34,13 +37,26 @@ LAYOUTS = {
 """Name: segment lengths, their samples, number of samples."""
 
 
+def guarded(t: Tensor, *, at_start: bool = False) -> Tensor:
+    """A copy of `t` on the device, between forbidden pages (CPU) or between NaN (GPU)."""
+    if DEVICE.type == "cpu":
+        return guard.guarded(t, at_start=at_start)
+    if not t.is_floating_point():
+        return t.to(DEVICE)
+    around = torch.full((t.numel() + 2 * _MARGIN,), float("nan"), dtype=t.dtype, device=DEVICE)
+    return around[_MARGIN : _MARGIN + t.numel()].view(t.shape).copy_(t)
+
+
+_MARGIN = 4096  # elements; a multiple of 16 bytes, so that alignment is that of a fresh tensor
+
+
 @contextmanager
 def poisoned():
-    """Uninitialised memory of the kernels' outputs is NaN and lies between forbidden pages."""
+    """Uninitialised memory of the kernels' outputs is NaN and guarded."""
     real = torch.empty
 
     def empty(*shape, dtype=None, device=None):
-        t = real(*shape, dtype=dtype)
+        t = real(*shape, dtype=dtype, device=DEVICE)
         return guarded(t.fill_(float("nan")) if t.is_floating_point() else t)
 
     torch.empty = empty
@@ -55,7 +71,7 @@ def layout(name: str) -> tuple[Segments, Tensor, int, int]:
     lengths, samples, n = LAYOUTS[name]
     offsets = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     segments = Rows.packed(offsets, samples, n).segments(0, torch.device("cpu"))
-    of_token = torch.tensor(samples).repeat_interleave(torch.tensor(lengths))
+    of_token = torch.tensor(samples).repeat_interleave(torch.tensor(lengths)).to(DEVICE)
     segments = Segments(*map(guarded, segments.tensors()), segments.per_sample, segments.max_len, segments.n_tokens)
     return segments, of_token, sum(lengths), n
 

@@ -1,0 +1,1 @@
+"""Everything that only a GPU can prove or measure, as one command: `python -m benchmarks.gpu` (docs/gpu.md)."""
