@@ -166,12 +166,18 @@ def explain(error: Exception, known: list[str]) -> ConfigError:
     if match := re.search(r"(?:full_key: |[Kk]ey ')([\w.\[\]]+)", text):
         key = key or match.group(1)
     first = text.strip().splitlines()[0]
-    if match := re.search(r"[Ee]rror parsing override '(.*)'", str(error)):
-        name = match[1].partition("=")[0]
+    if word := getattr(error, "override", None):
+        name = word.partition("=")[0]
         return ConfigError(
-            f"{match[1]} cannot be read; quote text in it for Hydra, and the whole for the shell: "
+            f"{word} cannot be read; quote text in it for Hydra, and the whole for the shell: "
             f""""{name}='TEXT'", or "{name}=[{{path: 'TEXT'}}]" """.strip()
         )
+    if match := re.search(r"Could not find '(\w+)/(.+)'", str(error)):
+        known = re.findall(r"^\t(\S+)$", str(error), re.MULTILINE)
+        near = difflib.get_close_matches(match[2], known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        there = f"there are {', '.join(known)}{hint}" if known else "--help lists them"
+        return ConfigError(f"{match[1]}={match[2]}: no such preset; {there}")
     if key and key not in known and ("not in" in text or "Missing key" in text):
         return unknown_key(key, known)
     if "Missing mandatory value" in text or "MissingMandatoryValue" in type(error).__name__:

@@ -242,6 +242,9 @@ def summarise(reports: list[Report], links: dict[str, Any] | None, skew: float) 
 
 def main() -> int:
     """Check this rank, gather what all found, print it on rank 0."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print((__doc__ or "").strip())
+        return 0
     if len(sys.argv) > 2:
         print("usage: python -m train.preflight [RUN_DIR]", file=sys.stderr)
         return 2

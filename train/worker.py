@@ -39,6 +39,9 @@ def run(path: Path) -> int:
 
 def main() -> int:
     """Parse the command line."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print((__doc__ or "").strip())
+        return 0
     if len(sys.argv) != 2:
         print("usage: python -m train.worker RUN_DIR", file=sys.stderr)
         return 2

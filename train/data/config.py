@@ -53,7 +53,8 @@ class DataConfig:
         on_corrupt_shard: `fail` when a shard to train on turns out unreadable, or `drop` all its samples (reported
             once); evaluation always fails.
         pad_to_multiple: Row length is padded to a multiple of this.
-        num_workers: Loader processes per rank; 0 loads in the training process (docs/loader.md: what they cost).
+        num_workers: Loader processes per rank; 0 loads in the training process; null: 4 with a GPU, else 0
+            (docs/loader.md: what they cost).
         prefetch: Steps that each loader process prepares ahead; a rank holds at most `num_workers * prefetch` of them
             in shared memory.
     """
@@ -76,7 +77,7 @@ class DataConfig:
     on_unknown: str = setting("fail", choices=("fail", "warn"))
     on_corrupt_shard: str = setting("fail", choices=("fail", "drop"))
     pad_to_multiple: int = setting(1, within="[1, 65536]")
-    num_workers: int = setting(0, within="[0, 256]")
+    num_workers: int | None = setting(None, within="[0, 256]")
     prefetch: int = setting(2, within="[1, 1000]")
 
     def use_named(self, stage: str) -> None:

@@ -36,6 +36,9 @@ from train.process.signals import SIGNALS
 
 log = logging.getLogger(__name__)
 
+GPU_WORKERS = 4
+"""Loader processes of a rank with a GPU, if nothing else is said (docs/loader.md, "Workers, memory, faults")."""
+
 
 def open_split(config: DataConfig, path: str, whole: bool = True) -> Split:
     """A split named in the configuration; `whole` as in `Split`.
@@ -327,7 +330,7 @@ class TrainLoader:
         Raises:
             DataError: too small, with the size needed; or what is wrong with the step.
         """
-        workers, ahead = self.config.num_workers, self.config.prefetch
+        workers, ahead = self.workers, self.config.prefetch
         if not workers or not Path(folder).is_dir():
             return
         step = self._steps[self._next]
@@ -343,6 +346,13 @@ class TrainLoader:
                 f"+ 1 for each of {local_ranks} ranks. Make it larger (docker run --shm-size=..., or mount -o "
                 "remount,size=...), lower those two, or load in the ranks themselves with data.num_workers=0"
             )
+
+    @property
+    def workers(self) -> int:
+        """Loader processes of this rank."""
+        if self.config.num_workers is None:
+            return GPU_WORKERS if torch.cuda.is_available() else 0
+        return self.config.num_workers
 
     def state(self) -> dict[str, int]:
         """Where to go on: the next step, and its epoch and position for the reader of a checkpoint."""
@@ -382,7 +392,7 @@ class TrainLoader:
         return step.batches
 
     def _start(self) -> Iterator[_Step]:
-        workers = self.config.num_workers
+        workers = self.workers
         loader = DataLoader(
             self._steps,
             batch_size=None,

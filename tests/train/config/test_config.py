@@ -10,9 +10,14 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from common.errors import UserError
+from data_prep.store.writer import write_split
 from model.decoder.norms import require_nvidia_apex
+from tests.train import world
 from train import config as configuration
-from train.config import ConfigError, RunConfig, accumulation, explain, resolve
+from train.config import ConfigError, RunConfig, accumulation, compose_overrides, explain, resolve
+from train.data.config import SourceConfig
+from train.process.inputs import require
+from train.process.run_dir import create
 
 CONF = str(Path(__file__).resolve().parents[3] / "conf")
 
@@ -109,3 +114,85 @@ def test_the_unrelated_apex_of_pypi_is_told_apart(tmp_path, monkeypatch):
     (tmp_path / "apex" / "__init__.py").touch()
     with pytest.raises(UserError, match="an unrelated one from PyPI.*pip uninstall apex"):
         require_nvidia_apex("optim.name=apex_fused_adam", "optim.name=adamw")
+
+
+@pytest.mark.parametrize(
+    ("word", "key", "value"),
+    [
+        ("tracking.name=20240101_120000", "tracking.name", "20240101_120000"),
+        ("run_dir=0777", "run_dir", "0777"),
+        ("run_dir=1e3", "run_dir", "1e3"),
+        ("tracking.name=true", "tracking.name", "true"),
+        ("tracking.tags=[0777,1e3]", "tracking.tags", ["0777", "1e3"]),
+        ("llm.path=/models/a=b", "llm.path", "/models/a=b"),
+        ("llm.path=/modèles/x(1),#2", "llm.path", "/modèles/x(1),#2"),
+        ("llm.path=/it's", "llm.path", "/it's"),
+        ("llm.path='/in quotes'", "llm.path", "/in quotes"),
+        ("llm.path=~/x", "llm.path", "/home/me/x"),
+        ("cache_dir=~/c", "data.root", "/home/me/c/data"),
+        ("data.train=[a=b/train,0777]", "data.train", [SourceConfig("a=b/train"), SourceConfig("0777")]),
+        ("data.val=null", "data.val", None),
+    ],
+)
+def test_typed_values_are_the_values_used(word, key, value, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = resolve(compose_overrides([word]))
+    configuration.save(config, tmp_path / "config.yaml")
+    for found in (config, configuration.read(tmp_path / "config.yaml")):
+        for part in key.split("."):
+            found = getattr(found, part)
+        assert found == value
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("data.train=[{path: a=b}]", r"data\.train=\[\{path: a=b\}\] cannot be read; quote text in it"),
+        ("optim.betas={a: 1}", r"optim\.betas"),
+        ("optim.lr.llm=fast", r"`optim\.lr\.llm`.*fast"),
+        ("data.train=[{path: a, wieght: 1}]", r"wieght"),
+        ("seed=", r"seed"),
+        ("connector=mlq", r"connector=mlq: no such preset; there are mlp, qformer, vlora; did you mean mlp\?"),
+    ],
+)
+def test_what_hydra_cannot_read_is_one_line(word, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        resolve(compose_overrides([word]))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_start_that_trained_nothing_does_not_block_its_directory(tmp_path):
+    def start(rank):
+        config = resolve(compose_overrides([f"run_dir={tmp_path}/run", f"generator.rank={rank}"]))
+        return create(config), configuration.read(tmp_path / "run" / "config.yaml").generator.rank
+
+    assert start(4)[1] == 4
+    assert start(8)[1] == 8  # corrected
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    with pytest.raises(UserError, match="holds a run with generator.rank=8, now it is 4"):
+        start(4)
+
+
+def test_missing_inputs_are_named_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr("train.process.inputs.missing_models", lambda config: [])
+    monkeypatch.setattr("train.process.inputs.load_preprocessor", lambda vision: None)
+    root = f"data.root={tmp_path}"
+    for check in ("check=true", "check=false"):
+        with pytest.raises(ConfigError, match=r"data\.train\[0\]\.path=.*no prepared split in .*data_prep"):
+            require(resolve(compose_overrides([root, check])))
+    write_split(tmp_path / "a", world.samples(2))
+    with pytest.raises(ConfigError, match=r"data\.val=b: no prepared split.*or set data\.val=null"):
+        require(resolve(compose_overrides([root, "data.train=a", "data.val=b"])))
+    with pytest.raises(ConfigError, match=r"data\.test=easy_vqa/test: .*or set data\.test=null"):
+        require(resolve(compose_overrides([root, "data.train=a", "data.val=null"])))
+    mine = [root, "data.train=a", "data.val=null", "data.test=null"]
+    assert require(resolve(compose_overrides(mine))) == []
+    tuned = [*mine, "stage=finetune", "stage.freeze=[]", f"init_from={tmp_path}/run"]
+    with pytest.raises(ConfigError, match=r"init_from=.*has no finished export"):
+        require(resolve(compose_overrides(tuned)))
+    # Planned for another machine, or prepared for a job that comes after the data: said, not refused.
+    planned = [root, "check=true", "data.expected_length=64"]
+    assert len(require(resolve(compose_overrides(planned)))) == 3
+    with pytest.raises(ConfigError, match="no prepared split"):
+        require(resolve(compose_overrides([root, "data.expected_length=64"])))
+    assert len(require(resolve(compose_overrides([root, "launch=slurm"])))) == 3
