@@ -47,6 +47,9 @@ gpu:                              ## everything that needs a GPU, proved and mea
 gpu-wheels: $(VENV)/.installed    ## what a GPU machine without internet lacks, into .gpu-wheels
 	PYTHON=$(BIN)/python bash benchmarks/gpu/wheels.sh
 
+zoo: $(VENV)/.test-installed      ## every model family tried, docs/models.md written anew (ARGS="granite clip_vision_model")
+	$(BIN)/python -m benchmarks.zoo --write $(ARGS)
+
 sweep: $(VENV)/.installed         ## a 2 x 2 sweep over rank and blocks with the tiny LLM, and its report
 	$(BIN)/python -m data_prep.parts
 	$(BIN)/python -m data_prep source=easy_vqa

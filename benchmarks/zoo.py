@@ -1,4 +1,7 @@
-"""`python -m benchmarks.zoo [FAMILY ...] [--write docs/models.md]`: which decoders and encoders work, tried one by one.
+"""`python -m benchmarks.zoo [FAMILY ...]`: which decoders and encoders work, tried one by one.
+
+    make zoo                                  # all of them: about five core-minutes, rewrites docs/models.md
+    python -m benchmarks.zoo granite qwen3    # some, printed only
 
 Every decoder family of the installed transformers is built tiny and random, gets perceptual weights wherever it has a
 projection of that kind, and is held against references of its own: the family's plain forward with dW added to its
@@ -9,13 +12,15 @@ weights, transformers' loss, single rows, padded rows, its own checkpointing, on
 from __future__ import annotations
 
 import argparse
+import copy
+import json
 import signal
 import sys
 import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
 from common.errors import UserError
+from common.files import write_atomically
 from model.batch import Batch
 from model.config import ConnectorConfig, GeneratorConfig, ModelConfig, VisionConfig
 from model.connectors import VLoRAConnector
@@ -36,7 +42,10 @@ from model.vlm import VisionLanguageModel
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY, WIDTH, LAYERS = 96, 32, 4
 TYPES = ("q", "k", "v", "o", "gate", "up", "down", "m")
+RESULTS = ROOT / "benchmarks" / "zoo.json"
+"""What was found, family by family: a run of some families keeps the rest."""
 _SECONDS = 60
+"""Core-seconds for one family."""
 CHECKS = ("deltas", "loss", "packed", "checkpointing", "generation", "export")
 
 _TINY: dict[str, Any] = {
@@ -101,16 +110,25 @@ _OWN: dict[str, dict[str, Any]] = {
     "glm": {"partial_rotary_factor": 0.5},
 }  # fmt: skip
 DECODERS = [
-    "afmoe", "apertus", "arcee", "biogpt", "bitnet", "bloom", "codegen", "cohere", "cohere2", "deepseek_v2",
+    "afmoe", "apertus", "arcee", "biogpt", "bitnet", "bloom", "cohere", "cohere2", "deepseek_v2",
     "deepseek_v3", "doge", "dots1", "ernie4_5", "ernie4_5_moe", "exaone4", "falcon", "falcon_h1", "flex_olmo",
-    "gemma", "gemma2", "gemma3_text", "gemma4_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neo",
-    "gpt_neox", "gpt_oss", "gptj", "granite", "granitemoe", "granitemoeshared", "helium", "hunyuan_v1_dense",
+    "gemma", "gemma2", "gemma3_text", "gemma4_text", "glm", "glm4", "glm4_moe", "gpt2",
+    "gpt_neox", "gpt_oss", "granite", "granitemoe", "granitemoeshared", "helium", "hunyuan_v1_dense",
     "hunyuan_v1_moe", "internlm3", "jais2", "jetmoe", "lfm2", "llama", "llama4_text", "mamba", "minicpm3",
     "minimax_m2", "ministral", "mistral", "mixtral", "mpt", "nanochat", "nemotron", "olmo", "olmo2", "olmo3",
     "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next",
     "recurrent_gemma", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma", "xglm", "youtu",
 ]  # fmt: skip
 """Model types of transformers."""
+ENCODERS = [
+    "clip_vision_model", "siglip_vision_model", "siglip2_vision_model", "dinov2", "dinov2_with_registers", "dinov3_vit",
+    "vit", "deit", "beit", "data2vec-vision", "ijepa", "vit_msn",
+    "chinese_clip_vision_model", "altclip_vision_model", "pixtral", "aimv2_vision_model", "swin", "convnextv2",
+]  # fmt: skip
+_TINY_ENCODER: dict[str, Any] = {
+    "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14, "num_register_tokens": 2, "head_dim": 12,
+}  # fmt: skip
 
 
 @dataclass
@@ -131,11 +149,18 @@ class Entry:
     fault: str = ""
 
 
+def _has(config: PreTrainedConfig, key: str) -> bool:
+    try:
+        return hasattr(config, key)
+    except ValueError:  # Gemma 4 has one per layer
+        return False
+
+
 def tiny_config(name: str) -> PreTrainedConfig:
     """The family's configuration with tiny sizes."""
     known = AutoConfig.for_model(name)
     computed = {key for key in _TINY if isinstance(getattr(type(known), key, None), property)}
-    taken = {key for key in _TINY if hasattr(known, key)} - computed | {"attn_implementation"}
+    taken = {key for key in _TINY if _has(known, key)} - computed | {"attn_implementation"}
     sizes = {key: value for key, value in _TINY.items() if key in taken}
     return AutoConfig.for_model(name, **sizes | _OWN.get(name, {}))
 
@@ -357,6 +382,80 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+def check_encoder(name: str) -> str:
+    """Why an encoder is refused, or nothing: each patch is at its place, and a layer is the encoder's own."""
+    torch.manual_seed(0)
+    known = AutoConfig.for_model(name)
+    sizes = {key: value for key, value in _TINY_ENCODER.items() if hasattr(known, key)}
+    try:
+        encoder = AutoModel.from_config(AutoConfig.for_model(name, **sizes)).eval()
+        for parameter in encoder.parameters():
+            parameter.data += 0.02 * torch.randn_like(parameter)
+        VisionEncoder(copy.deepcopy(encoder).to("meta"), VisionConfig(path=name, layer=-2))  # as the front end does
+        features = {layer: VisionEncoder(encoder, VisionConfig(path=name, layer=layer)) for layer in (-3, -2)}
+        patches = features[-2].num_patches
+        pixels = torch.randn(2, 3, 28, 28)
+        with torch.no_grad():
+            own = encoder(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
+            _near(features[-2](pixels), own[:, own.shape[1] - patches :])
+            for patch in range(patches):  # before the first block, pixels of a patch reach its own feature only
+                changed = pixels.clone()
+                row, column = divmod(patch, 2)
+                changed[:, :, 14 * row : 14 * row + 14, 14 * column : 14 * column + 14] += 1
+                moved = (features[-3](changed) - features[-3](pixels)).abs().amax((0, 2)) > 1e-5
+                assert moved.nonzero().flatten().tolist() == [patch], "a patch is not at its place"
+    except Exception as error:
+        return ("refused: " if _for_users(error) else f"FAULT: {type(error).__name__}: ") + _line(error)
+    return ""
+
+
+def render(entries: dict[str, Entry], encoders: dict[str, str]) -> str:
+    """docs/models.md."""
+    works = [e for e in entries.values() if e.checks and all(found == "ok" for found in e.checks.values())]
+    lines = [
+        "# Models",
+        "",
+        f"Made by `make zoo` with transformers {transformers.__version__}; do not edit. Every family is built tiny and",
+        "random and held against references of its own (`benchmarks/zoo.py` says how):",
+        "",
+        *(f"- **{name}**: {(run.__doc__ or '').splitlines()[0]}" for name, run in _CHECKS.items()),
+        "",
+        f"## Language models: {len(works)} of {len(entries)} pass everything",
+        "",
+        "`types` are the projections that take deltas (`generator.types`); connectors with visual tokens need none.",
+        "",
+        "| family | types | " + " | ".join(CHECKS) + " |",
+        "| --- | --- |" + " --- |" * len(CHECKS),
+    ]
+    notes = []
+    for entry in entries.values():
+        if not entry.checks:
+            continue
+        cells = []
+        for check in CHECKS:
+            found = entry.checks.get(check, "")
+            cells.append("yes" if found == "ok" else "refused" if found.startswith("refused") else "no")
+            if found != "ok":
+                notes.append(f"- `{entry.name}`, {check}: {found.removeprefix('refused: ').removeprefix('FAULT: ')}")
+        lines.append(f"| {entry.name} | {' '.join(entry.types)} | {' | '.join(cells)} |")
+    refused = [entry for entry in entries.values() if not entry.checks]
+    lines += ["", "What was refused or does not work, and why:", "", *(notes or ["- nothing"])]
+    lines += ["", "No place for deltas, so `connector=vlora` refuses:", ""]
+    lines += [f"- `{entry.name}`: {entry.refused or entry.fault}" for entry in refused]
+    good = [name for name, why in encoders.items() if not why]
+    lines += ["", f"## Vision encoders: {len(good)} of {len(encoders)}", "", "| encoder | works |", "| --- | --- |"]
+    lines += [f"| {name} | {why or 'yes'} |" for name, why in encoders.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _known(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    if not file.is_file():
+        return {}, {}
+    record = json.loads(file.read_text())
+    entries = {name: Entry(**value | {"types": tuple(value["types"])}) for name, value in record["decoders"].items()}
+    return entries, record["encoders"]
+
+
 def _too_long(*_: Any) -> None:
     raise TimeoutError(f"took more than {_SECONDS} core-seconds")
 
@@ -364,21 +463,32 @@ def _too_long(*_: Any) -> None:
 def main() -> int:
     """Examine families and print what was found."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description=__doc__.splitlines()[0])
-    parser.add_argument("families", nargs="*")
-    parser.add_argument("--write", type=Path, default=None)
+    parser.add_argument("families", nargs="*", help="default: all, encoders too")
+    parser.add_argument("--write", action="store_true", help="put what was found into docs/models.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     signal.signal(signal.SIGVTALRM, _too_long)
-    for name in arguments.families or DECODERS:
+    entries, encoders = _known(RESULTS)
+    for name in arguments.families or [*DECODERS, *ENCODERS]:
         signal.setitimer(signal.ITIMER_VIRTUAL, _SECONDS)
-        entry = examine(name)
-        print(name, "".join(t if len(t) == 1 else f" {t}" for t in entry.types), entry.refused, entry.fault, flush=True)
-        for check, found in entry.checks.items():
-            if found != "ok":
-                print("   ", check, found, flush=True)
+        if name in ENCODERS:
+            encoders[name] = check_encoder(name)
+            print(f"{name}: {encoders[name] or 'ok'}", flush=True)
+        else:
+            entries[name] = examine(name)
+            wrong = {check: found for check, found in entries[name].checks.items() if found != "ok"}
+            words = (" ".join(entries[name].types), entries[name].refused, entries[name].fault)
+            print(
+                f"{name}: {' '.join(filter(None, words))}", *(f"\n    {c}: {f}" for c, f in wrong.items()), flush=True
+            )
+        if arguments.write:
+            record = {"decoders": {n: asdict(e) for n, e in sorted(entries.items())}, "encoders": encoders}
+            write_atomically(RESULTS, json.dumps(record, indent=1) + "\n")
+    if arguments.write:
+        write_atomically(ROOT / "docs" / "models.md", render(dict(sorted(entries.items())), encoders))
     return 0
 
 
