@@ -32,6 +32,11 @@ class VisionEncoder(nn.Module):
                 f"vision.path={config.path}: {hf.model_type} has no fixed image size (SigLIP 2 NaFlex is such a one); "
                 "take an encoder of square images, such as the fixed-resolution SigLIP 2 checkpoints"
             )
+        if not hasattr(hf, "hidden_size") or not isinstance(getattr(hf, "patch_size", None), int):
+            raise ModelError(
+                f"vision.path={config.path}: {hf.model_type} is not a plain vision transformer (one width, square "
+                "patches); supported are CLIP, SigLIP, SigLIP 2 (fixed resolution), DINOv2 and DINOv3"
+            )
         self.image_size = config.image_size or hf.image_size
         if self.image_size % hf.patch_size:
             raise ValueError(f"vision.image_size={self.image_size} is not a multiple of the patch size {hf.patch_size}")
