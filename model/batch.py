@@ -36,6 +36,8 @@ class Batch:
         n_samples: S.
         image_at: int64 [R, K], the column of `input_ids` in front of which each image of the row's sample stands, in
             the order of `images`: where visual tokens go. -1: the row has no k-th image. None: all in front of the row.
+        slots: Bool [R, L], dead tokens that nothing attends to (`attention_mask` 0) but that have a position: as the
+            released VLoRA has one at each image (`data.compat=official`). None: there are none.
         rows: Which sample's weights each row uses, `NO_SAMPLE` where the sample has no image: worked out here, on the
             host, once per batch.
     """
@@ -49,6 +51,7 @@ class Batch:
     image_weight: Tensor
     n_samples: int
     image_at: Tensor | None = None
+    slots: Tensor | None = None
     rows: Rows = None  # type: ignore[assignment]  # never None: worked out below where it is not given
 
     def __post_init__(self) -> None:

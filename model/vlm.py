@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -136,7 +136,9 @@ class VisionLanguageModel(nn.Module):
             keywords = {"inputs_embeds": both.gather(1, order[..., None].expand(-1, -1, both.shape[2]))}
         tokens, positions = mask.sum(), mask.numel()
         if packing is None:
-            keywords |= {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+            # A slot has a position only where no visual token takes its place.
+            counted = mask if batch.slots is None or order is not None else mask | batch.slots.long()
+            keywords |= {"attention_mask": mask, "position_ids": (counted.cumsum(1) - 1).clamp_min(0)}
         else:
             keywords = {name: packing.pack(value) for name, value in keywords.items()}
             keywords["position_ids"] = packing.position_ids
@@ -227,9 +229,12 @@ class VisionLanguageModel(nn.Module):
         conditioning = self.condition(batch) if batch.has_image else None
         inputs = self.inputs(batch, conditioning).keywords
         weights, context = inputs.pop("perceptual_weights", None), inputs.pop("visual_context", None)
-        inputs.pop("position_ids")  # generate derives the same ones from the mask
+        # `generate` derives the same positions from the mask; with slots, those of the prompt are given and those of
+        # the answer count the slots out again, as in the released code.
+        positions = inputs.pop("position_ids")
+        prompt = _prompt_positions(self.llm, positions) if batch.slots is not None else nullcontext()
         pin: AbstractContextManager = pinned(self.llm, weights) if weights is not None else nullcontext()
-        with pin, looking_at(self.llm, context):
+        with pin, prompt, looking_at(self.llm, context):
             out = self.llm.generate(
                 **inputs,
                 **{"do_sample": False, "use_cache": True} | options,
@@ -238,6 +243,21 @@ class VisionLanguageModel(nn.Module):
                 eos_token_id=list(answer_end),
             )
         return out if "inputs_embeds" in inputs else out[:, batch.input_ids.shape[1] :]
+
+
+@contextmanager
+def _prompt_positions(llm: PreTrainedModel, positions: Tensor) -> Iterator[None]:
+    """Make the first forward inside the block, that of a prompt, use these positions, int64 [R, L]."""
+    given = [positions]
+
+    def hook(module: nn.Module, args: tuple, keywords: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return args, keywords | ({"position_ids": given.pop()} if given else {})
+
+    handle = llm.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def build_model(

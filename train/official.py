@@ -24,6 +24,7 @@ from torch import Tensor
 
 from common.errors import UserError, run_cli
 from common.options import parse_options
+from common.settings import setting
 from data_prep.store.pixels import load_preprocessor
 from model import official
 from model.config import VisionConfig
@@ -52,6 +53,8 @@ class Options:
         out: Run directory to make, or folder to write.
         llm: Language model of an `mm_projector.bin`, folder or hub name.
         vision: Encoder; null: the checkpoint's `mm_vision_tower`.
+        compat: `official`: the imported run also answers with the release's text, image slot and positions, as the
+            published figures were made (`data.compat`); `none`: as ours do.
         cache_dir: As in a run's configuration.
     """
 
@@ -60,6 +63,7 @@ class Options:
     out: str = "???"
     llm: str | None = None
     vision: str | None = None
+    compat: str = setting("none", choices=("none", "official"))
     cache_dir: str = ".cache"
 
 
@@ -145,6 +149,7 @@ def _configuration(theirs: dict[str, Any], options: Options) -> RunConfig:
         config,
         llm=replace(config.llm, architecture=None),
         vision=vision,
+        data=replace(config.data, compat=options.compat),
         generator=official.generator_config(theirs),
         cache_dir=options.cache_dir,
     )

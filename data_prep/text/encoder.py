@@ -41,13 +41,17 @@ class Encoded:
         input_ids: Token ids.
         labels: The id itself, or `IGNORE`; of the same length, not shifted.
         image_at: In front of which token each image of the sample stands, its index in `input_ids`.
+        slots: Where dead tokens stand (`official`).
     """
 
     input_ids: list[int]
     labels: list[int]
     image_at: tuple[int, ...] = ()
+    slots: tuple[int, ...] = ()
 
 
+SLOT = 0
+"""Id of the dead token that the released VLoRA keeps at an image: attended by nothing, but it has a position."""
 _PLACE = "\ufdd0"
 """Stands for an image while a dialogue is rendered: a code point that Unicode keeps out of texts."""
 
@@ -59,6 +63,8 @@ class TextEncoder:
         tokenizer: A Hugging Face tokenizer with a `tokenizers` backend (offsets are needed); it is not changed.
         template: One of `NAMES`.
         max_length: Longest accepted row in tokens; none: any.
+        official: Text as the released VLoRA has it (docs/paper.md): a dead token at each image, a line end behind it,
+            captions that end with a line end, a word mark after the end token.
 
     Attributes:
         answer_end: Ids of the tokens that end an answer in a row, each on its own: where generation stops.
@@ -72,14 +78,22 @@ class TextEncoder:
             tokens of the template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        max_length: int | None = None,
+        official: bool = False,
+    ) -> None:
+        if official and template not in ("plain", "vicuna_v1"):
+            raise DataError(f"data.compat=official is for the templates plain and vicuna_v1, not {template}")
         if template not in NAMES:
             raise DataError(f"template={template}: no such text template; there are {', '.join(NAMES)}")
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(f"tokenizer {type(tokenizer).__name__} gives no character offsets; use its fast version")
         if tokenizer.eos_token is None and template != "chat":
             raise DataError("the tokenizer has no end token (eos_token), so no answer could end")
-        self.template, self.max_length = template, max_length
+        self.template, self.max_length, self.official = template, max_length, official
         self._tokenizer = tokenizer
         self._special = {t.content: (i, t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         for token in NEEDED.get(template, ()):
@@ -87,6 +101,8 @@ class TextEncoder:
                 raise DataError(f"template {template} needs the special token {token}, which the tokenizer lacks")
         self._split_special = re.compile("(" + "|".join(map(re.escape, sorted(self._special, key=len)[::-1])) + ")")
         self._first, self._later = _plain_tokenizers(tokenizer)
+        if official:
+            self._later = self._first
         self._start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         # A chat template says itself where a start token stands: `apply_chat_template` adds none.
         self._adds_start = template != "chat" and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
@@ -116,7 +132,9 @@ class TextEncoder:
             raise NoTargetError("nothing in the dialogue is an answer to learn")
         if self.max_length is not None and len(ids) > self.max_length:
             raise TooLongError(f"{len(ids)} tokens, max_length={self.max_length}")
-        return Encoded(ids, [i if target else IGNORE for i, target in zip(ids, targets, strict=True)], places)
+        return Encoded(
+            ids, [i if target else IGNORE for i, target in zip(ids, targets, strict=True)], places, self._slots(places)
+        )
 
     def encode_prompt(self, dialogue: Dialogue) -> list[int]:
         """Token ids of `prompt`."""
@@ -140,7 +158,7 @@ class TextEncoder:
         ids = ids[: _answers(targets)[-1].start]
         if self.max_length is not None and len(ids) > self.max_length:
             raise TooLongError(f"a prompt of {len(ids)} tokens, max_length={self.max_length}")
-        return Encoded(ids, [IGNORE] * len(ids), places)
+        return Encoded(ids, [IGNORE] * len(ids), places, self._slots(places))
 
     def decode(self, ids: list[int]) -> str:
         """The answer in generated ids: up to its end, without what the template puts before it and outer spaces."""
@@ -160,7 +178,11 @@ class TextEncoder:
         """
         if self._chat is not None:
             return self._chat(dialogue)
-        return TEMPLATES[self.template](dialogue, self._tokenizer.eos_token)
+        caption = self.official and self.template == "plain"
+        return TEMPLATES[self.template](dialogue, "\n" if caption else self._tokenizer.eos_token)
+
+    def _slots(self, places: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(place - 1 for place in places) if self.official else ()
 
     def _answer_format(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """`answer_end` and `answer_prefix`, read off a row."""
@@ -176,9 +198,14 @@ class TextEncoder:
 
         It has a start token where the tokenizer adds one, or where the first token is a target.
         """
-        ids, targets, places = self._tokens(self.render(_with_places(dialogue, images) if images else dialogue))
+        shown = _with_places(dialogue, images, "\n" if self.official else "") if images else dialogue
+        ids, targets, places = self._tokens(self.render(shown))
         if not places:  # nothing was asked: in front of the caption, after the start token
             places = [int(ids[:1] == [self._start])] * images
+            if self.official and images:
+                at = places[0]
+                ids[at:at], targets[at:at] = [SLOT] * images, [0] * images
+                places = [at + 1 + number for number in range(images)]
         if targets[:1] not in ([], [0]) or self._adds_start and ids[:1] != [self._start]:
             if self._start is None:
                 raise DataError("an answer stands first in its row, and the tokenizer has no start token (bos_token)")
@@ -228,7 +255,12 @@ class TextEncoder:
                     begun, swallow = True, token.rstrip
                 elif part:
                     for stretch in re.split(f"({_PLACE})", part):
-                        if stretch == _PLACE:
+                        if stretch == _PLACE and self.official:
+                            end_run()
+                            ids.append(SLOT)
+                            targets.append(0)
+                            places.append(len(ids))
+                        elif stretch == _PLACE:
                             marks.append(sum(len(text) for text, _ in run))
                         elif stretch:
                             run.append((stretch, own if piece.special or not own else _CONTENT))
@@ -236,8 +268,8 @@ class TextEncoder:
         return ids, targets, places
 
 
-def _with_places(dialogue: Dialogue, images: int) -> Dialogue:
-    """The dialogue with a mark for every image: where its source has one, else before the first question."""
+def _with_places(dialogue: Dialogue, images: int, then: str = "") -> Dialogue:
+    """The dialogue with a mark for every image: where its source has one, else (with `then`) before the question."""
     said = [turn["content"] if turn["role"] == "user" else "" for turn in dialogue]
     if sum(text.count(IMAGE_TOKEN) for text in said) == images:
         texts = [text.replace(IMAGE_TOKEN, _PLACE).strip() for text in said]
@@ -246,7 +278,7 @@ def _with_places(dialogue: Dialogue, images: int) -> Dialogue:
     if not said[first].strip():
         return dialogue
     question = said[first].lstrip()
-    content = said[first][: len(said[first]) - len(question)] + _PLACE * images + question
+    content = said[first][: len(said[first]) - len(question)] + _PLACE * images + then + question
     return [{**turn, "content": content} if n == first else turn for n, turn in enumerate(dialogue)]
 
 

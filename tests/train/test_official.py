@@ -7,13 +7,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.errors import UserError
+from data_prep.text.encoder import TextEncoder
+from data_prep.text.templates import VICUNA_SYSTEM
 from model import official
-from model.batch import Batch
+from model.batch import IGNORE, Batch
 from model.config import ConnectorConfig, GeneratorConfig, ModelConfig
 from model.connectors import VLoRAConnector
+from model.loading import load_tokenizer
 from model.pretrained import ModelError
 from model.vlm import VisionLanguageModel
 from tests.model import hub, released
+from tests.train.world import dialogue
 from train import config as configuration
 from train.evaluate import load_model
 from train.official import Options, export_run, import_checkpoint
@@ -158,3 +162,70 @@ def test_folders_become_runs_and_come_back_bit_for_bit(parts, tmp_path):
     with pytest.raises(UserError, match="holds no language model; give llm="):
         alone = Options(checkpoint=str(tmp_path / "projector"), out=str(tmp_path / "x"), cache_dir=str(home / "cache"))
         import_checkpoint(alone)
+
+
+def official_rows(tokenizer, question, answer):
+    """The release's ids of one round, by its own rule: pieces around the image, each tokenised with a word mark."""
+    whole = f"{VICUNA_SYSTEM} USER: {{}}\n{question} ASSISTANT: {answer}</s>"
+    before, after = whole.split("{}")
+    tokens = [tokenizer.bos_token_id, *pieces_of(tokenizer, before), 0, *pieces_of(tokenizer, after[: -len("</s>")])]
+    return [*tokens, tokenizer.eos_token_id]
+
+
+def pieces_of(tokenizer, text):
+    """SentencePiece's own encoding: with the mark in front, as the legacy tokenizer has it."""
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_text_of_the_release(parts):
+    home, _, _ = parts
+    tokenizer = load_tokenizer(str(home / "vicuna"))
+    talk, caption = (TextEncoder(tokenizer, name, official=True) for name in ("vicuna_v1", "plain"))
+    row = talk.encode(dialogue("What is it?", "A teal circle."), 1)
+    assert row.input_ids == official_rows(tokenizer, "What is it?", "A teal circle.")
+    (slot,) = row.slots
+    assert row.input_ids[slot] == 0 and row.labels[slot] == IGNORE and row.image_at == (slot + 1,)
+    row = caption.encode(dialogue("", "a red shape"), 1)
+    assert row.input_ids == [1, 0, *pieces_of(tokenizer, "a red shape\n")] and row.slots == (1,)
+    assert row.labels == [IGNORE, IGNORE, *row.input_ids[2:]]
+    assert caption.answer_end == (row.input_ids[-1],) and caption.decode(row.input_ids[2:]) == "a red shape"
+    # A later round begins with a word mark behind the end token; without an image nothing is put in.
+    turns = dialogue("What is it?", "red") + dialogue("is it?", "no")
+    later = talk.encode(turns).input_ids
+    end = later.index(tokenizer.eos_token_id)
+    assert later[end + 1 :] == [*pieces_of(tokenizer, "USER: is it? ASSISTANT: no"), tokenizer.eos_token_id]
+    assert talk.encode(turns).slots == ()
+    with pytest.raises(ValueError, match="templates plain and vicuna_v1, not chat"):
+        TextEncoder(tokenizer, "chat", official=True)
+
+
+@torch.no_grad()
+def test_the_slot_is_dead_but_counted_and_answers_lag_by_one():
+    """Prompt and answer against a decoder that is told every position and mask."""
+    config = released.config()
+    tensors = released.checkpoint(config, seed=5)
+    model, given = model_of(config, tensors), batch()
+    at = 3
+    given.input_ids = IDS.clone()
+    given.input_ids[:, at] = 0
+    given.attention_mask[:, at] = 0
+    given.slots = torch.zeros_like(IDS, dtype=torch.bool)
+    given.slots[:, at] = True
+    deltas = released.weights(tensors, config, FEATURES, SEEN)
+    length = IDS.shape[1]
+    expected = released.logits(
+        llama(), deltas, input_ids=given.input_ids, attention_mask=given.attention_mask,
+        position_ids=torch.arange(length).expand(4, -1),
+    )  # fmt: skip
+    inputs = model.inputs(given, model.condition(given)).keywords
+    found = model.llm.get_decoder()(**inputs, use_cache=False).last_hidden_state @ model.llm.lm_head.weight.T
+    keep = [n for n in range(length) if n != at]
+    assert (found - expected)[:, keep].norm() <= 1e-5 * expected[:, keep].norm()
+    new = model.generate(given, 4, pad_token_id=0, answer_end=[63])
+    for step in range(new.shape[1]):
+        mask = torch.cat([given.attention_mask, torch.ones(4, step, dtype=torch.int64)], dim=1)
+        positions = torch.cat([torch.arange(length), length - 1 + torch.arange(step)]).expand(4, -1)
+        ids = torch.cat([given.input_ids, new[:, :step]], dim=1)
+        logits = released.logits(llama(), deltas, input_ids=ids, attention_mask=mask, position_ids=positions)
+        going_on = (new[:, :step] != 63).all(1)
+        assert torch.equal(logits[going_on, -1].argmax(-1), new[going_on, step])

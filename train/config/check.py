@@ -45,6 +45,16 @@ def validate(config: RunConfig) -> None:
         "vision.cache=true keeps one set of features per image, but vision.image_mode=tiles makes several views of it; "
         "set vision.cache=false or another image_mode",
     )
+    official, templates = config.data.compat == "official", {config.data.template, config.data.caption_template}
+    check(
+        not official or templates <= {"plain", "vicuna_v1", None},
+        f"data.compat=official knows the templates plain and vicuna_v1, but data.template={config.data.template}",
+    )
+    check(
+        not official or config.llm.pack_tokens is None,
+        f"data.compat=official keeps dead positions, which llm.pack_tokens={config.llm.pack_tokens} would take out: "
+        "set it to null",
+    )
     micro = engine.micro_batch_size
     check(
         micro is None or micro > config.data.batch_size or config.data.batch_size % micro == 0,

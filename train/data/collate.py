@@ -84,12 +84,17 @@ def collate(pieces: list[Piece], image: ImageInput, pad_id: int, left: bool = Fa
     input_ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
     labels = torch.full((len(rows), length), IGNORE, dtype=torch.int64)
     mask = torch.zeros(len(rows), length, dtype=torch.int64)
+    slots = torch.zeros(len(rows), length, dtype=torch.bool)
     for number, row in enumerate(rows):
         size = len(row.input_ids)
         span = slice(length - size, length) if left else slice(0, size)
         input_ids[number, span] = torch.tensor(row.input_ids, dtype=torch.int64)
         labels[number, span] = torch.tensor(row.labels, dtype=torch.int64)
         mask[number, span] = 1
+        start = length - size if left else 0
+        for place in row.slots:
+            slots[number, start + place] = True
+            mask[number, start + place] = 0
     row_to_sample = [number for number, piece in enumerate(pieces) for _ in piece.rows] or [0]
     views, image_to_sample = [], []
     counts: list[list[int]] = []  # views of each image of each sample
@@ -112,6 +117,7 @@ def collate(pieces: list[Piece], image: ImageInput, pad_id: int, left: bool = Fa
         image_to_sample=torch.tensor(image_to_sample or [0], dtype=torch.int64),
         image_weight=torch.full((max(1, len(image_to_sample)),), float(bool(views))),
         n_samples=max(1, len(pieces)),
+        slots=slots if any(row.slots for row in rows) else None,
         image_at=_image_at(rows, [counts[s] if counts else [] for s in row_to_sample], length if left else None),
     )
 

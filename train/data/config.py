@@ -47,6 +47,8 @@ class DataConfig:
         dialogues_per_sample: Dialogues drawn from a sample each time it comes up; null: all.
         template: Text template of dialogues, see `data_prep.text.templates`.
         caption_template: That of captions (dialogues with an empty user turn); null: `template`.
+        compat: `official`: text, image slot and positions as the released VLoRA has them, templates `plain` and
+            `vicuna_v1` (docs/paper.md), for figures comparable to the published ones; `none`.
         max_length: Longest row in tokens; null: any.
         on_too_long: `fail`, or `drop` the dialogue (counted and reported).
         on_unknown: `fail` when the tokenizer cannot spell more than 1 % of the answers' tokens, or `warn`.
@@ -72,6 +74,7 @@ class DataConfig:
     dialogues_per_sample: int | None = setting(None, within="[1, 1e6]")
     template: str = setting("chat", choices=NAMES)
     caption_template: str | None = setting(None, choices=NAMES)
+    compat: str = setting("none", choices=("none", "official"))
     max_length: int | None = setting(2048, within="[1, 1e7]")
     on_too_long: str = setting("fail", choices=("fail", "drop"))
     on_unknown: str = setting("fail", choices=("fail", "warn"))

@@ -71,8 +71,8 @@ def make_text(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Text:
     """
     caption = config.caption_template
     return Text(
-        TextEncoder(tokenizer, config.template, config.max_length),
-        TextEncoder(tokenizer, caption, config.max_length) if caption else None,
+        TextEncoder(tokenizer, config.template, config.max_length, config.compat == "official"),
+        TextEncoder(tokenizer, caption, config.max_length, config.compat == "official") if caption else None,
         config.on_too_long,
     )
 
