@@ -133,6 +133,8 @@ def as_typed(overrides: list[str], schema: type, multirun: bool = False) -> list
             several = multirun and "," in value and not _quoted(value)
             sweep = multirun and _SWEEP.match(value)
             out.append(word if sweep else f"{key}={','.join(map(_quote, value.split(',') if several else [value]))}")
+        elif kind is Any and not multirun and re.fullmatch(r"[^\[\]{}'\"]+,[^\[\]{}'\"]+", value):
+            out.append(f"{key}={_quote(value)}")
         elif get_origin(kind) is list and not re.search(r"[{}'\"]|^\[.*[\[\]].*\]$", value):
             elements = [_quote(part.strip()) for part in value.strip("[]").split(",") if part.strip()]
             (of,) = get_args(kind)
@@ -166,6 +168,8 @@ def explain(error: Exception, known: list[str]) -> ConfigError:
     if match := re.search(r"(?:full_key: |[Kk]ey ')([\w.\[\]]+)", text):
         key = key or match.group(1)
     first = text.strip().splitlines()[0]
+    if match := re.search(r"Ambiguous value for argument '(.+)'", str(error)):
+        return ConfigError(f"{match[1]}: several values are a sweep, which wants -m in front of it")
     if word := getattr(error, "override", None):
         name = word.partition("=")[0]
         return ConfigError(

@@ -19,7 +19,6 @@ from common.errors import UserError, run_cli
 from common.files import read_json, write_json
 from train.cluster import slurm
 
-LINKS = ("prepare", "pretrain", "finetune", "evaluate")
 RECORD = "chain.json"
 
 

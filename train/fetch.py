@@ -125,6 +125,9 @@ def verify(what: str, folder: Path, architecture: dict[str, Any] | None) -> int:
 
 def main() -> int:
     """Fetch every model; says for each where it is, or in one line what is wrong."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print((__doc__ or "").strip())
+        return 0
     composed = compose_overrides(sys.argv[1:])
     cache = Path(composed.cache_dir)
     failed = 0

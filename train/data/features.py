@@ -95,18 +95,6 @@ class FeatureCache(ImageInput):
         for row, view in zip(rows, views, strict=True):
             row[...] = view
 
-    def moments(self, keys: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation per feature channel, fp32 [V], over all images or those of `keys`."""
-        at = np.arange(len(self)) if keys is None else np.searchsorted(self._keys, keys)
-        total = square = torch.zeros(self.shape[-1], dtype=torch.float64)
-        count = 0
-        for start in range(0, len(at), 256):
-            block = torch.from_numpy(np.array(self._features[at[start : start + 256]]))
-            block = (block.view(self.dtype) if self.dtype is torch.bfloat16 else block).double().flatten(0, 1)
-            total, square, count = total + block.sum(0), square + block.square().sum(0), count + len(block)
-        mean = total / count
-        return mean.float(), (square / count - mean.square()).clamp_min(0).sqrt().float()
-
 
 def image_key(data: bytes) -> np.uint64:
     """The first 8 bytes of the sha256 of an image file, big-endian."""

@@ -69,7 +69,7 @@ class Loop:
         self.identity, self.progress, self.total_steps = identity, progress, total_steps
         self.stop, self.tracker, self.flops, self.base_norms = stop, tracker, flops, base_norms
         self.on_samples = on_samples
-        self.timer = StepTimer(engine.model, engine.device)
+        self.timer = StepTimer(engine.model)
         self._began = False
 
     def run(self) -> bool:

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
 from model.vlm import VisionLanguageModel
@@ -16,13 +15,12 @@ from model.vlm import VisionLanguageModel
 class StepTimer:
     """Adds up seconds per phase; `take` returns them and starts over.
 
-    Vision and connector are timed by hooks inside the forward pass; `llm` is the rest of it. On a GPU the clock is
-    read after a synchronisation only while `precise` is set (it costs overlap), otherwise phases show launch time.
+    Vision and connector are timed by hooks inside the forward pass; `llm` is the rest of it. On a GPU phases show
+    launch time: a synchronisation for the clock would cost overlap.
     """
 
-    def __init__(self, model: VisionLanguageModel, device: torch.device, precise: bool = False) -> None:
+    def __init__(self, model: VisionLanguageModel) -> None:
         self._seconds: dict[str, float] = defaultdict(float)
-        self._sync = precise and device.type == "cuda"
         for name in ("vision", "connector"):
             module = getattr(model, name)
             if module is not None:
@@ -31,11 +29,11 @@ class StepTimer:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a block."""
-        start = self._now()
+        start = time.perf_counter()
         try:
             yield
         finally:
-            self._seconds[name] += self._now() - start
+            self._seconds[name] += time.perf_counter() - start
 
     def take(self) -> dict[str, float]:
         """Seconds per phase since the last call."""
@@ -44,19 +42,14 @@ class StepTimer:
         self._seconds.clear()
         return out
 
-    def _now(self) -> float:
-        if self._sync:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def _watch(self, module: nn.Module, name: str) -> None:
         starts: list[float] = []
 
         def before(*_: object) -> None:
-            starts.append(self._now())
+            starts.append(time.perf_counter())
 
         def after(*_: object) -> None:
-            self._seconds[name] += self._now() - starts.pop()
+            self._seconds[name] += time.perf_counter() - starts.pop()
 
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after)

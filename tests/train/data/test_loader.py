@@ -467,10 +467,6 @@ def test_feature_cache(root, tokenizer, tmp_path):
     assert len(cache) == sum(split.manifest.unique_images for split in splits) and cache.shape == (5, 3)
     for data in (*splits[0][2].images, *splits[1][9].images):
         assert torch.equal(cache(data), encode(PIXELS(data)))
-    every = torch.cat([cache(image)[0] for split in splits for sample in split for image in sample.images])
-    mean, std = cache.moments()
-    torch.testing.assert_close(mean, every.mean(0))
-    torch.testing.assert_close(std, every.std(0, correction=0))
     assert len(pickle.dumps(cache)) < 500 and torch.equal(pickle.loads(pickle.dumps(cache))(data), cache(data))
     calls.clear()
     again = ensure_feature_cache(tmp_path, splits, PIXELS, encode, "v1", "float32")
