@@ -85,7 +85,7 @@ def run(composed: DictConfig) -> int:
     absent = inputs.require(config)
     table = check_model(configuration.located(config), workers)
     if config.check:
-        print("\n".join([table, *(f"not here: {line}" for line in absent)]))
+        print("\n".join([*(f"not here: {line}" for line in absent), table]))
         return 0
     path = run_dir.create(config)
     print(f"run directory: {path}", flush=True)

@@ -180,8 +180,8 @@ def test_a_missing_model_is_named_before_anything_else(shipped, tmp_path):
     assert line.startswith("error: llm.path=lmsys/vicuna-7b-v1.5 is not on this machine")
     done = world.train([*arguments, "check=true"])
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert [line.split()[1].split("=")[0] for line in lines[:2]] == ["llm.path", "vision.path"]
+    named = [line.split()[2].split("=")[0] for line in done.stdout.splitlines() if line.startswith("not here:")]
+    assert named[:2] == ["llm.path", "vision.path"]
     assert "7,893,814,784" in done.stdout
 
 
