@@ -106,10 +106,9 @@ def score(question: Question, prediction: str) -> float:
             number = _number(said)
             return float(said in map(normalise, accepted) or (number is not None and number in map(_number, accepted)))
         case "choice":
-            letter = re.match(r"\(?([a-z])(?:[).:]|$|(?=[.:)]?\s))", said)
-            return float(
-                said in map(normalise, accepted) or (letter is not None and letter[1] == normalise(accepted[0]))
-            )
+            letter = re.match(r"\(?([a-z])(?:[).:]|$)", said)  # not "a dog"
+            named = letter is not None and letter[1] == normalise(accepted[0])
+            return float(named or said in map(normalise, accepted))
         case "contains":
             return float(any(re.search(rf"(?<!\w){re.escape(normalise(each))}(?!\w)", said) for each in accepted))
         case _:

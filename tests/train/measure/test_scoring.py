@@ -34,6 +34,7 @@ def test_accuracy_is_counted_per_kind():
         ("number", ["3"], ["3", "3.0", "three", " 3. "], ["33", "thirty", "", "none"]),
         ("number", ["1,200"], ["1200", "1,200"], ["1.2"]),
         ("choice", ["B", "a dog"], ["B", "b.", "(B)", "B. a dog", "a dog", "B) a dog"], ["A", "bat", "a cat", ""]),
+        ("choice", ["A", "dog"], ["a", "A: dog", "dog"], ["a cat", "an ox", "B"]),
         ("contains", ["red"], ["it is red", "Red!", "red"], ["reddish", "no", ""]),
     ],
 )
