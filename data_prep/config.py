@@ -21,6 +21,7 @@ from data_prep.sources.easy_vqa import EasyVQA
 from data_prep.sources.folder import Folder
 from data_prep.sources.hf import HuggingFace
 from data_prep.sources.llava import Llava
+from data_prep.sources.scenes import Scenes
 from data_prep.sources.synthetic import Synthetic
 from data_prep.sources.webdataset import WebDataset
 
@@ -31,6 +32,7 @@ SOURCES: dict[str, type] = {
     "folder": Folder,
     "hf": HuggingFace,
     "llava": Llava,
+    "scenes": Scenes,
     "synthetic": Synthetic,
     "webdataset": WebDataset,
 }

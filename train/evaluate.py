@@ -135,10 +135,11 @@ def training_questions(config: RunConfig) -> list[Question]:
     found = []
     for source in config.data.train:
         for sample in open_train_split(config.data, source.path):
-            for dialogue in sample.conversations:
+            for number, dialogue in enumerate(sample.conversations):
                 user, reply = dialogue[-2]["content"], dialogue[-1]["content"]
                 if user:
-                    found.append(Question(sample.id, user, reply))
+                    reference = sample.references[number] if sample.references else None
+                    found.append(Question.of(sample.id, user, reply, reference))
     return found
 
 

@@ -153,18 +153,20 @@ def accuracy(questions: list[Question], predictions: list[str]) -> dict[str, Acc
 
 def blind_predictions(questions: list[Question], training: Iterable[Question]) -> list[str]:
     """The best answer from the question text alone: its most frequent answer in training, ties by name; for a text
-    that training does not hold, the most frequent answer of all.
+    that training does not hold, the most frequent answer to questions of its kind, or else of all.
     """
     by_text: dict[str, Counter[str]] = defaultdict(Counter)
+    by_kind: dict[str, Counter[str]] = defaultdict(Counter)
     overall: Counter[str] = Counter()
     for question in training:
         by_text[question.text][question.answer] += 1
+        by_kind[question.kind][question.answer] += 1
         overall[question.answer] += 1
 
     def best(counter: Counter[str]) -> str:
         return min(counter, key=lambda answer: (-counter[answer], answer))
 
-    return [best(by_text.get(question.text) or overall) for question in questions]
+    return [best(by_text.get(each.text) or by_kind.get(each.kind) or overall) for each in questions]
 
 
 def as_dict(result: dict[str, Accuracy]) -> dict[str, dict[str, float]]:
