@@ -89,6 +89,7 @@ _TINY: dict[str, Any] = {
     "hidden_dropout": 0.0,
     "attention_dropout": 0.0,
     "activation_dropout": 0.0,
+    "residual_dropout": 0.0,
     "resid_pdrop": 0.0,
     "embd_pdrop": 0.0,
     "layerdrop": 0.0,
@@ -107,6 +108,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     },
     "recurrent_gemma": {"lru_width": 32, "attention_window_size": 5},
+    "minicpm3": {"head_dim": 4, "num_key_value_heads": 4},
     "glm": {"partial_rotary_factor": 0.5},
 }  # fmt: skip
 DECODERS = [
@@ -359,8 +361,8 @@ def examine(name: str) -> Entry:
         if not entry.types:
             entry.refused = why
             return entry
-    except Exception as error:  # a family that cannot be built or has no decoder
-        entry.fault = _line(error)
+    except Exception as error:  # a family without decoder layers, or one that this cannot build in tiny
+        entry.refused, entry.fault = (_line(error), "") if _for_users(error) else ("", _line(error))
         return entry
     for check, run in _CHECKS.items():
         try:
@@ -443,7 +445,8 @@ def render(entries: dict[str, Entry], encoders: dict[str, str]) -> str:
     refused = [entry for entry in entries.values() if not entry.checks]
     lines += ["", "What was refused or does not work, and why:", "", *(notes or ["- nothing"])]
     lines += ["", "No place for deltas, so `connector=vlora` refuses:", ""]
-    lines += [f"- `{entry.name}`: {entry.refused or entry.fault}" for entry in refused]
+    lines += [f"- `{entry.name}`: {entry.refused}" for entry in refused if entry.refused]
+    lines += [f"- `{entry.name}`: not tried, not built in tiny ({entry.fault})" for entry in refused if entry.fault]
     good = [name for name, why in encoders.items() if not why]
     lines += ["", f"## Vision encoders: {len(good)} of {len(encoders)}", "", "| encoder | works |", "| --- | --- |"]
     lines += [f"| {name} | {why or 'yes'} |" for name, why in encoders.items()]
