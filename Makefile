@@ -74,6 +74,7 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 	touch $@
 
 # The kernels' proofs need Triton, which a CUDA build of torch brings along and a CPU build does not.
-$(VENV)/.test-installed: $(VENV)/.installed
+$(VENV)/.test-installed: $(VENV)/.installed requirements-serve.txt
+	$(BIN)/pip install --quiet --no-compile -r requirements-serve.txt
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install --quiet --no-compile triton==3.9.0
 	touch $@

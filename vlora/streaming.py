@@ -31,6 +31,12 @@ class Pieces:
         piece, self.shown = text[len(self.shown) :], text
         return piece
 
+    def finish(self) -> str:
+        """What was kept back, at the end of the answer."""
+        text = self._text.decode(self._ids)
+        piece, self.shown = text[len(self.shown) :] if text.startswith(self.shown) else "", text
+        return piece
+
 
 class AnswerStreamer(BaseStreamer):
     """Takes tokens from `generate` in one thread and gives text in another."""
@@ -48,6 +54,8 @@ class AnswerStreamer(BaseStreamer):
 
     def end(self) -> None:
         """Called by `generate` at the end."""
+        if piece := self._pieces.finish():
+            self._queue.put(piece)
         self._queue.put(None)
 
     def __iter__(self) -> Iterator[str]:

@@ -1,0 +1,300 @@
+"""Continuous batching: requests about different images are decoded together and join and leave at any token.
+
+One thread owns the model. A new request is read alone (its prompt, and its image's weights from the cache), then joins
+the rows in flight; every step then computes one token of every row. Rows see only themselves: each has its own keys and
+values, mask, positions and weights, and its own random numbers.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from model.generator.weights import PerceptualWeights
+from serve.images import ImageCache, SeenImage
+from vlora.modeling import VLoRAForConditionalGeneration
+from vlora.processing import VLoRAProcessor
+from vlora.streaming import Pieces
+
+
+class QueueFull(Exception):
+    """More requests are waiting than are let in."""
+
+
+@dataclass
+class Request:
+    """One question and how it is to be answered.
+
+    Attributes:
+        ids: Prompt, token ids.
+        images: What it is about.
+        image_at: In front of which token they stand, for a connector that puts them into the input.
+        max_tokens: Longest answer, its end included.
+        temperature, top_p, seed: Of sampling; temperature 0: greedy.
+        stop: Texts that end the answer; they are not part of it.
+        deadline: `time.monotonic()` after which it is given up.
+        tell: Called in the model's thread with every piece of text, and at the end with `(piece, reason)`: `stop`,
+            `length`, `timeout`, `cancelled`, or `error: ...`.
+    """
+
+    ids: list[int]
+    images: list[SeenImage]
+    max_tokens: int
+    tell: Callable[[str, str | None], None]
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    deadline: float = float("inf")
+    image_at: int = 0
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    new_tokens: int = 0
+
+
+class _Row:
+    """A request in flight."""
+
+    def __init__(self, request: Request, weights: PerceptualWeights | None, processor: VLoRAProcessor) -> None:
+        self.request, self.weights = request, weights
+        self.pieces, self.held, self.text = Pieces(processor), "", ""
+        self.random = torch.Generator()
+        self.random.manual_seed(request.seed) if request.seed is not None else self.random.seed()
+        self.last = 0
+
+    def choose(self, logits: Tensor) -> int:
+        """The next token from logits [vocabulary]."""
+        if self.request.temperature == 0:
+            return int(logits.argmax())
+        chances = (logits.float().cpu() / self.request.temperature).softmax(-1)
+        if self.request.top_p < 1:
+            ordered, order = chances.sort(descending=True)
+            ordered[ordered.cumsum(0) - ordered >= self.request.top_p] = 0
+            chances = torch.zeros_like(chances).scatter(0, order, ordered)
+        return int(torch.multinomial(chances, 1, generator=self.random))
+
+    def take(self, token: int, ends: tuple[int, ...]) -> str | None:
+        """Add a token, tell its text, and return why the answer ends here, if it does."""
+        self.last = token
+        self.request.new_tokens += 1
+        ended = token in ends
+        finished = "stop" if ended else "length" if self.request.new_tokens >= self.request.max_tokens else None
+        if not ended:
+            self.held += self.pieces.add([token])
+        if finished:
+            self.held += self.pieces.finish()
+        stop, at = min(
+            ((s, self.held.find(s)) for s in self.request.stop if s in self.held),
+            key=lambda found: found[1],
+            default=("", -1),
+        )
+        if at >= 0:
+            self._tell(self.held[:at], "stop")
+            return "stop"
+        # What may be the beginning of a stop text waits until that is known.
+        keep = 0 if finished else max((_overlap(self.held, s) for s in self.request.stop), default=0)
+        piece, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        self._tell(piece, finished)
+        return finished
+
+    def _tell(self, piece: str, reason: str | None) -> None:
+        if piece or reason:
+            self.request.tell(piece, reason)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Batcher:
+    """Runs the model for all requests.
+
+    Args:
+        model, processor: What answers.
+        cache: Weights of images by content.
+        max_rows: Requests decoded together.
+        max_waiting: Requests that may wait for a place.
+
+    Attributes:
+        active, generated: Requests in flight and tokens so far, for metrics.
+    """
+
+    def __init__(
+        self,
+        model: VLoRAForConditionalGeneration,
+        processor: VLoRAProcessor,
+        cache: ImageCache,
+        max_rows: int = 16,
+        max_waiting: int = 64,
+    ) -> None:
+        self.model, self.processor, self.cache, self.max_rows = model, processor, cache, max_rows
+        self._waiting: queue.Queue[Request] = queue.Queue(max_waiting)
+        self._rows: list[_Row] = []
+        self._kv: DynamicCache | None = None
+        self._mask = torch.zeros(0, 0, dtype=torch.int64)
+        self._weights: PerceptualWeights | None = None
+        self._stopping = threading.Event()
+        self.generated = 0
+        self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
+        self._thread.start()
+
+    @property
+    def active(self) -> int:
+        """Requests in flight."""
+        return len(self._rows)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait."""
+        return self._waiting.qsize()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the model's thread runs."""
+        return self._thread.is_alive()
+
+    def submit(self, request: Request) -> None:
+        """Let a request wait for its place.
+
+        Raises:
+            QueueFull: too many wait already.
+        """
+        try:
+            self._waiting.put_nowait(request)
+        except queue.Full as error:
+            raise QueueFull(f"{self._waiting.maxsize} requests are waiting already") from error
+
+    def close(self) -> None:
+        """End the thread; what is in flight is told `cancelled`."""
+        self._stopping.set()
+        self._thread.join(60)
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self._leave()
+                self._enter()
+                if self._rows:
+                    self._step()
+            except Exception as error:  # no request may take the others' thread with it
+                for row in self._rows:
+                    row.request.tell("", f"error: {type(error).__name__}")
+                self._rows, self._kv = [], None
+        for row in self._rows:
+            row.request.tell("", "cancelled")
+
+    def _over(self, request: Request) -> str | None:
+        if request.cancelled.is_set():
+            return "cancelled"
+        return "timeout" if time.monotonic() > request.deadline else None
+
+    def _leave(self) -> None:
+        """Rows that nobody waits for any more."""
+        reasons = [self._over(row.request) for row in self._rows]
+        for row, reason in zip(self._rows, reasons, strict=True):
+            if reason:
+                row.request.tell("", reason)
+        self._keep([number for number, reason in enumerate(reasons) if not reason])
+
+    def _enter(self) -> None:
+        while len(self._rows) < self.max_rows:
+            try:
+                request = (
+                    self._waiting.get(timeout=0 if self._rows else 0.05)
+                    if not self._rows
+                    else self._waiting.get_nowait()
+                )
+            except queue.Empty:
+                return
+            if reason := self._over(request):
+                request.tell("", reason)
+                continue
+            try:
+                self._admit(request)
+            except Exception as error:
+                request.tell("", f"error: {type(error).__name__}")
+
+    @torch.no_grad()
+    def _admit(self, request: Request) -> None:
+        """Read a prompt alone, choose its first token, and join the others."""
+        weights, pixels = self.cache.look(self.model, self.processor, request.images)
+        row = _Row(request, weights, self.processor)
+        ids = torch.tensor([request.ids], device=self.model.device)
+        cache = DynamicCache()
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "perceptual_weights": weights}
+        if pixels is not None:
+            owners = torch.zeros(len(pixels), dtype=torch.int64)
+            inputs |= {"pixel_values": pixels, "image_to_row": owners, "image_at": owners + request.image_at}
+        out = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self.generated += 1
+        if row.take(row.choose(out.logits[0, -1]), self.processor.text.answer_end):
+            return
+        self._join(row, cache)
+
+    def _join(self, row: _Row, new: DynamicCache) -> None:
+        length, size = self._mask.shape[1] if self._rows else 0, new.get_seq_length()
+        total = max(length, size)
+        mask = torch.zeros(1, total, dtype=torch.int64)
+        mask[:, total - size :] = 1
+        if not self._rows or self._kv is None:
+            self._kv, self._mask = new, mask
+        else:
+            for mine, theirs in zip(self._kv.layers, new.layers, strict=True):
+                mine.keys = torch.cat([_left(mine.keys, total), _left(theirs.keys, total)])
+                mine.values = torch.cat([_left(mine.values, total), _left(theirs.values, total)])
+            self._mask = torch.cat([torch.nn.functional.pad(self._mask, (total - length, 0)), mask])
+        self._rows = [*self._rows, row]
+        self._gather()
+
+    def _keep(self, numbers: list[int]) -> None:
+        """Drop the other rows, and the columns that only they used."""
+        if len(numbers) == len(self._rows):
+            return
+        self._rows = [self._rows[number] for number in numbers]
+        if not self._rows or self._kv is None:
+            self._kv = self._weights = None
+            return
+        kept = torch.tensor(numbers)
+        self._mask = self._mask[kept]
+        first = int(self._mask.any(0).int().argmax())
+        self._mask = self._mask[:, first:]
+        for layer in self._kv.layers:
+            layer.keys = layer.keys[kept.to(layer.keys.device), :, first:]
+            layer.values = layer.values[kept.to(layer.values.device), :, first:]
+        self._gather()
+
+    def _gather(self) -> None:
+        each = [row.weights for row in self._rows]
+        self._weights = PerceptualWeights.batch(each) if any(w is not None for w in each) else None
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        """One token of every row."""
+        device = self.model.device
+        self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
+        mask = self._mask.to(device)
+        out = self.model(
+            input_ids=torch.tensor([[row.last] for row in self._rows], device=device),
+            attention_mask=mask,
+            position_ids=mask.sum(1, keepdim=True) - 1,
+            past_key_values=self._kv,
+            perceptual_weights=self._weights,
+            use_cache=True,
+        )
+        self.generated += len(self._rows)
+        ends = self.processor.text.answer_end
+        logits = out.logits[:, -1]
+        over = [row.take(row.choose(logits[number]), ends) for number, row in enumerate(self._rows)]
+        self._keep([number for number, reason in enumerate(over) if not reason])
+
+
+def _left(x: Tensor, length: int) -> Tensor:
+    """[R, H, L, D] padded in front to `length`."""
+    return torch.nn.functional.pad(x, (0, 0, length - x.shape[2], 0))
