@@ -4,9 +4,13 @@ Reference: the same model, un-partitioned, on the whole global batch at once.
 """
 
 import copy
+import itertools
 import json
 import os
+import shutil
 import sys
+import tempfile
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -17,6 +21,8 @@ from model.decoder import loss
 from model.generator.placement import decoder_layers
 from tests.model import parts
 from train.config import RunConfig, StageConfig, TrainedParts
+from train.engine import checkpoint
+from train.engine.checkpoint import Progress
 from train.engine.engine import Engine, freeze
 from train.process import distributed
 
@@ -328,11 +334,39 @@ def evaluation_first(results: dict) -> None:
             engine.deepspeed.destroy()
 
 
+def checkpoints_load(results: dict) -> None:
+    """What is saved is loaded weights-only, in every ZeRO stage and precision: the next steps are the same."""
+    folder = Path(distributed.gather(tempfile.mkdtemp())[0])
+    for precision, stage in [("bf16", 1), ("bf16", 2), ("bf16", 3), *itertools.product(["fp32"], range(4))]:
+        losses, run = [], folder / f"{precision}-{stage}"
+        for first in (True, False):
+            model, config = parts.build(parts.config()), configuration("pretrain")
+            config.engine.precision, config.engine.zero_stage = precision, stage
+            for part_of_it in (model.vision, model.connector, model.llm):
+                part_of_it.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+            freeze(model, config.stage)
+            engine = Engine(model, config, total_steps=10, accumulation=1)
+            if first:
+                step(engine, global_batch([0, 1, 2, 3], 0))
+                checkpoint.save(engine, run, Progress(step=1), {"llm": "x"}, keep=1)
+            else:
+                found = checkpoint.find(run)
+                assert checkpoint.load(engine, found, {"llm": "x"}).step == 1
+            batch = part(global_batch([0, 1, 2, 3], 1), 4 // WORLD * RANK, 4 // WORLD * (RANK + 1))
+            step(engine, global_batch([0, 1, 2, 3], 1))
+            with torch.no_grad():
+                losses.append(engine.forward(batch).loss_sum.item())
+            engine.deepspeed.destroy()
+        results[f"checkpoint/{precision}/{stage}"] = abs(losses[0] - losses[1])
+    distributed.barrier()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def main() -> None:
     results: dict = {"world": WORLD}
     cases = (
         gradient_equality, trajectories, frozen_parts_stay, graph_start, graph_start_with_checkpointing,
-        stale_gradients, nan_steps, evaluation_first,
+        stale_gradients, nan_steps, evaluation_first, checkpoints_load,
     )  # fmt: skip
     for case in cases:
         if sys.argv[1:] and case.__name__ not in sys.argv[1:]:  # named on the command line: only those

@@ -75,3 +75,8 @@ def test_any_use_may_come_first(results):
     cases = {name: value for name, value in results.items() if name.startswith("order/")}
     assert len(cases) == 7 + 4 + 3 * 2  # the SigLIP cases under ZeRO-3 begin in all four ways
     assert {name: value for name, value in cases.items() if not value < 1e-5} == {}
+
+
+def test_a_checkpoint_loads_weights_only_in_every_stage_and_precision(results):
+    cases = {name: value for name, value in results.items() if name.startswith("checkpoint/")}
+    assert len(cases) == 7 and set(cases.values()) == {0.0}, cases
