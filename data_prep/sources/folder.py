@@ -135,13 +135,15 @@ class Folder:
         for name in splits.get("train", []):
             by_content.setdefault((listing.group(name), _content(listing.folder, name)), []).append(name)
         contents = sorted(by_content)
+        total = len(contents)
         for part, share in (("test", self.test_fraction), ("val", self.val_fraction)):
             if part in given or not share:
                 continue
-            taken = [key for n, key in enumerate(contents) if int((n + 1) * share + 0.5) > int(n * share + 0.5)]
+            step = share * total / max(1, len(contents))  # the share is of all, some of which are taken already
+            taken = [key for n, key in enumerate(contents) if int((n + 1) * step + 0.5) > int(n * step + 0.5)]
             if not taken or len(taken) == len(contents):
                 raise DataError(
-                    f"{self.path}: {len(contents)} different images are too few to divide by {part}_fraction={share}; "
+                    f"{self.path}: {total} different images are too few to divide by {part}_fraction={share}; "
                     "add images, or set it to 0"
                 )
             contents = [key for key in contents if key not in set(taken)]
