@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from model.config import LLMConfig
+from model.config import LLMConfig, ModelConfig
 from model.pretrained import ModelError, fetch_hint, find_source, weight_files
 
 _SAMPLE = 64 * 1024  # bytes
@@ -147,6 +147,11 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def part_fingerprints(config: ModelConfig) -> dict[str, str]:
+    """`fingerprint` of the LLM and of the vision encoder, by `llm` and `vision`: what a connector belongs to."""
+    return {"llm": fingerprint(config.llm.path), "vision": fingerprint(config.vision.path)}
 
 
 def fingerprint(path: str) -> str:

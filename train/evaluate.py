@@ -33,7 +33,7 @@ from data_prep.store.split import Split
 from model.batch import Batch
 from model.deploy.merging import MergeReport, merged
 from model.generation import AnswerFormat, answers
-from model.loading import fingerprint, load_tokenizer
+from model.loading import load_tokenizer, part_fingerprints
 from model.ops import NO_SAMPLE, set_backend, set_merge
 from model.vlm import VisionLanguageModel, build_model
 from train import config as configuration
@@ -83,7 +83,7 @@ def load_model(config: RunConfig, run: Path, device: torch.device) -> VisionLang
     if device.type == "cuda":  # a run of a GPU may be looked at on a CPU, where `auto` is the only sense
         set_backend(config.ops.backend, device)
         set_merge(config.ops.merge, device)
-    identity = {"llm": fingerprint(config.llm.path), "vision": fingerprint(config.vision.path)}
+    identity = part_fingerprints(config.model)
     llm, vision = trained_part(run, "llm"), trained_part(run, "vision")
     own = replace(config.model, vision=replace(config.vision, path=str(vision or config.vision.path)))
     model = build_model(own, DTYPES[config.engine.precision], llm_path=None if llm is None else str(llm))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,14 @@ from transformers.integrations import HfDeepSpeedConfig
 from common.errors import UserError
 from common.files import write_json
 from data_prep.store.errors import DataError
-from data_prep.store.pixels import ImageInput
+from data_prep.store.pixels import ImageInput, PixelPreprocessor
 from data_prep.store.split import Split
 from model.config import VisionConfig
 from model.connectors import FeatureNorm
 from model.generator.weights import base_norms
-from model.loading import fingerprint, load_tokenizer
+from model.loading import fingerprint, load_tokenizer, part_fingerprints
 from model.ops import set_backend, set_merge
-from model.vision import build_vision
+from model.vision import VisionEncoder, build_vision
 from model.vlm import VisionLanguageModel, build_model
 from train.config import DTYPES, RunConfig, accumulation
 from train.data import (
@@ -39,12 +39,12 @@ from train.data import (
     open_train_split,
 )
 from train.data.unknown import unknown_targets
-from train.engine import checkpoint
 from train.engine.checkpoint import Progress
 from train.engine.engine import Engine, deepspeed_config, freeze
 from train.engine.export import export, exported_part, load_connector
 from train.engine.finite import bad_weights
-from train.engine.loop import Loop
+from train.engine.loop import Loop, Observer, Stage, progress_bar, return_memory
+from train.engine.records import Recorder
 from train.measure import memory, samples
 from train.measure.flops import FlopCounter
 from train.measure.summary import describe, parameter_counts
@@ -54,9 +54,32 @@ from train.process.run_dir import read_record
 from train.process.signals import StopRequest
 
 
+@dataclass
+class _Data:
+    """What a stage reads, opened before the model is built, so that what is wrong with it is not found later.
+
+    Attributes:
+        tokenizer: The LLM's.
+        image: What image files become: pixels or cached features.
+        vision: An encoder without weights whose features are cached; its sizes are still needed.
+        loader: The training micro-batches of this rank.
+        questions: Prompts of the sample table.
+        held_out: Rows of the validation loss.
+        identity: Fingerprints of data and models.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    image: ImageInput
+    vision: VisionEncoder | None
+    loader: TrainLoader
+    questions: EvalLoader | None
+    held_out: EvalLoader | None
+    identity: dict[str, str]
+
+
 @loader_errors()
 def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: StopRequest) -> bool:
-    """Run (or go on with) the stage of a run directory. Collective.
+    """Run (or resume) the stage of a run directory. Collective.
 
     Returns:
         True when the stage is finished and exported, False when it stopped on request with a checkpoint.
@@ -66,96 +89,109 @@ def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: Stop
     """
     if (run_dir / "DONE").exists():
         return True
-    rank, world = distributed.rank(), distributed.world_size()
-    micro_steps = accumulation(config, world)
+    micro_steps = accumulation(config, distributed.world_size())
     _seed(config)
     backend = set_backend(config.ops.backend, device)
     set_merge(config.ops.merge, device)  # not used in training: a choice that cannot run is refused now
+    data = _open_data(config, run_dir, micro_steps, device)
+    total_steps = config.stage.steps or max(1, data.loader.batching.steps(config.stage.epochs or 0))
 
+    config = _settle_checkpointing(config, micro_steps, data.tokenizer, device)
+    model = _build(config, micro_steps, data)
+    norms = base_norms(model.llm, model.placement, lambda w: GatheredParameters([w])) if model.placement else {}
+    recorder = Recorder(config, total_steps, FlopCounter(model, features_cached=config.vision.cache), norms)
+    table, counts = describe(model), parameter_counts(model)
+    engine = Engine(model, config, total_steps, micro_steps)
+    if model.connector.norm is not None and not model.connector.norm.measured:
+        _measure_features(engine, model.connector.norm, data.loader, data.image)
+
+    stage = Stage(config, run_dir, engine, data.loader, data.identity, total_steps, Progress(), stop)
+    found = stage.resume()
+    tracker = None
+    if distributed.rank() == 0:
+        print(table)
+        print(
+            f"{config.stage.name}: {total_steps} steps of {config.data.batch_size} samples, "
+            f"world size {distributed.world_size()}, ZeRO stage {engine.zero_stage}, {config.engine.precision}, "
+            f"{micro_steps} micro-steps, ops backend {backend} (asked for {config.ops.backend})"
+            + (f", resumed at step {stage.progress.step} from {found}" if found else ""),
+            flush=True,
+        )
+        facts = {
+            "world_size": distributed.world_size(),
+            "zero_stage": engine.zero_stage,
+            "total_steps": total_steps,
+            "accumulation": micro_steps,
+            "ops_backend": backend,
+            "gradient_checkpointing": config.engine.gradient_checkpointing,
+            "vision_features_cached": config.vision.cache,
+            "parameters": counts,
+            "identity": data.identity,
+        }
+        write_json(run_dir / "facts.json", facts)
+        tracker = Tracker(config, run_dir, read_record(run_dir), stage.progress.step, facts)
+    return _train(stage, recorder, data, tracker)
+
+
+def _train(stage: Stage, recorder: Recorder, data: _Data, tracker: Tracker | None) -> bool:
+    """Run the loop and, at its end, what a finished stage leaves: samples, validation loss, export. Collective."""
+    config, engine = stage.config, stage.engine
+
+    def show_samples(step: int) -> None:
+        if data.questions:
+            rows = samples.predict(engine, data.questions, config)
+            if tracker is not None:
+                samples.write(stage.run_dir, step, rows, tracker)
+
+    def show_samples_when_due(step: int, record: dict[str, Any]) -> None:
+        every = config.tracking.samples_every
+        if every and step % every == 0:
+            show_samples(step)
+
+    summary: dict[str, Any] = {}
+    try:
+        with progress_bar(stage) as bar:
+            observers: list[Observer] = [] if tracker is None else [tracker.log]
+            observers += [show_samples_when_due, bar]
+            observers += [return_memory] if engine.device.type == "cpu" else []
+            loop = Loop(stage, recorder, observers)
+            finished = loop.run()
+        summary |= asdict(stage.progress)
+        if finished:
+            if data.questions and data.held_out:
+                show_samples(stage.total_steps)
+                summary["val_loss"] = loop.validate(data.held_out)
+                if tracker is not None:
+                    tracker.log(stage.total_steps, {"val_loss": summary["val_loss"]})
+            export(engine, stage.run_dir, data.tokenizer, config, data.identity)
+    finally:
+        if tracker is not None:
+            tracker.finish(summary)
+    return finished
+
+
+def _open_data(config: RunConfig, run_dir: Path, micro_steps: int, device: torch.device) -> _Data:
+    rank, world = distributed.rank(), distributed.world_size()
     tokenizer = load_tokenizer(config.llm.path)
     _check_answers(config, tokenizer, warn=rank == 0)
-    identity = {"llm": fingerprint(config.llm.path), "vision": fingerprint(config.vision.path)}
+    identity = part_fingerprints(config.model)
     pixels = load_preprocessor(config.vision)
     image: ImageInput = pixels
     vision = None
     if config.vision.cache:
         vision = build_vision(_vision(config), torch.float32)
-        image = _feature_cache(config, vision, pixels, identity, device, read_record(run_dir)["id"])
+        image = _feature_cache(config, vision, pixels, device, read_record(run_dir)["id"])
         vision.encoder = None  # its sizes are still needed, its weights are not
         gc.collect()
     image_tokens = memory.image_tokens(config)
     loader = TrainLoader(config.data, tokenizer, image, config.seed, rank, world, micro_steps, image_tokens)
     loader.check_shared_memory(distributed.local_world_size())
     identity["data"] = loader.fingerprint
-    total_steps = config.stage.steps or max(1, loader.batching.steps(config.stage.epochs or 0))
     questions = held_out = None
-    if config.data.val:  # now, so that what is wrong with it is not found at the end of the run
+    if config.data.val:
         questions = _validation(config, config.data.val, tokenizer, image, prompts=True)
         held_out = _validation(config, config.data.val, tokenizer, image, prompts=False)
-
-    config = _settle_checkpointing(config, world, micro_steps, tokenizer, device)
-    model = _build(config, world, micro_steps, vision)
-    if config.init_from is not None:
-        load_connector(model.connector, Path(config.init_from), config.model, identity)
-    freeze(model, config.stage)
-    norms = base_norms(model.llm, model.placement, lambda w: GatheredParameters([w])) if model.placement else {}
-    flops = FlopCounter(model, features_cached=config.vision.cache)
-    table, counts = describe(model), parameter_counts(model)
-    engine = Engine(model, config, total_steps, micro_steps)
-    if model.connector.norm is not None and not model.connector.norm.measured:
-        _measure_features(engine, model.connector.norm, loader, image)
-
-    progress = Progress()
-    if (found := checkpoint.find(run_dir)) is not None:
-        progress = checkpoint.load(engine, found, identity)
-        loader.load(progress.loader)
-    facts = {
-        "world_size": world,
-        "zero_stage": engine.zero_stage,
-        "total_steps": total_steps,
-        "accumulation": micro_steps,
-        "ops_backend": backend,
-        "gradient_checkpointing": config.engine.gradient_checkpointing,
-        "vision_features_cached": config.vision.cache,
-        "parameters": counts,
-        "identity": identity,
-    }
-    tracker = None
-    if rank == 0:
-        print(table)
-        print(
-            f"{config.stage.name}: {total_steps} steps of {config.data.batch_size} samples, world size {world}, "
-            f"ZeRO stage {engine.zero_stage}, {config.engine.precision}, {micro_steps} micro-steps, "
-            f"ops backend {backend} (asked for {config.ops.backend})"
-            + (f", resumed at step {progress.step} from {found}" if found else ""),
-            flush=True,
-        )
-        write_json(run_dir / "facts.json", facts)
-        tracker = Tracker(config, run_dir, read_record(run_dir), progress.step, facts)
-
-    def show_samples(step: int) -> None:
-        assert questions is not None
-        rows = samples.predict(engine, questions, config)
-        if tracker is not None:
-            samples.write(run_dir, step, rows, tracker)
-
-    loop = Loop(
-        engine, loader, config, run_dir, identity, progress, total_steps, stop, tracker, flops, norms,
-        on_samples=show_samples if questions else None,
-    )  # fmt: skip
-    summary: dict[str, Any] = {}
-    try:
-        finished = loop.run()
-        summary |= asdict(progress)
-        if finished:
-            if questions and held_out:
-                show_samples(total_steps)
-                summary["val_loss"] = loop.validate(held_out)
-            export(engine, run_dir, tokenizer, config, identity)
-    finally:
-        if tracker is not None:
-            tracker.finish(summary)
-    return finished
+    return _Data(tokenizer, image, vision, loader, questions, held_out, identity)
 
 
 def _seed(config: RunConfig) -> None:
@@ -167,11 +203,12 @@ def _seed(config: RunConfig) -> None:
 
 
 def _settle_checkpointing(
-    config: RunConfig, world: int, micro_steps: int, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    config: RunConfig, micro_steps: int, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> RunConfig:
     """`engine.gradient_checkpointing=auto` becomes true or false, the same on all ranks. Collective."""
     if config.engine.gradient_checkpointing != "auto":
         return config
+    world = distributed.world_size()
     load = memory.workload(config, tokenizer, config.data.batch_size // world // micro_steps)
     own = memory.available(config, device, distributed.local_world_size())
     assert own is not None  # the device is known
@@ -188,19 +225,25 @@ def _vision(config: RunConfig) -> VisionConfig:
     return replace(config.vision, path=str(exported_part(config, "vision") or config.vision.path))
 
 
-def _build(config: RunConfig, world: int, micro_steps: int, vision: torch.nn.Module | None) -> VisionLanguageModel:
-    """The model, its pretrained parts partitioned while they are read (ZeRO-3): no rank ever holds all of them."""
+def _build(config: RunConfig, micro_steps: int, data: _Data) -> VisionLanguageModel:
+    """The model, its pretrained parts partitioned while they are read (ZeRO-3): no rank ever holds all of them.
+
+    Starts from the export of `init_from`, and with the stage's parts frozen.
+    """
     llm_path = str(exported_part(config, "llm") or config.llm.path)
     # transformers asks this object (by weak reference) whether to partition while loading.
-    keep = HfDeepSpeedConfig(deepspeed_config(config, world, micro_steps))
+    keep = HfDeepSpeedConfig(deepspeed_config(config, distributed.world_size(), micro_steps))
     parts = replace(config.model, vision=_vision(config))
-    model = build_model(parts, DTYPES[config.engine.precision], llm_path=llm_path, vision=vision)
+    model = build_model(parts, DTYPES[config.engine.precision], llm_path=llm_path, vision=data.vision)
     del keep
+    if config.init_from is not None:
+        load_connector(model.connector, Path(config.init_from), config.model, data.identity)
+    freeze(model, config.stage)
     return model
 
 
 def _feature_cache(
-    config: RunConfig, vision: torch.nn.Module, pixels: Any, identity: dict[str, str], device: torch.device, run: str
+    config: RunConfig, vision: VisionEncoder, pixels: PixelPreprocessor, device: torch.device, run: str
 ) -> ImageInput:
     splits = [open_train_split(config.data, source.path) for source in config.data.train]
     splits += [open_split(config.data, config.data.val)] if config.data.val else []
