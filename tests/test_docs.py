@@ -1,9 +1,12 @@
 """What README and docs point at is there."""
 
 import re
+from inspect import cleandoc
 from pathlib import Path
 
 import pytest
+
+from train.process.run_files import RunDir
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -31,3 +34,20 @@ def test_commands_are_modules(page):
     for module in modules:
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), f"{page.name}: python -m {module}"
+
+
+def test_every_make_target_is_explained():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split()
+    for target in targets:
+        assert re.search(rf"^{target}:.*## ", makefile, re.MULTILINE), f"make help does not list {target}"
+
+
+def test_the_files_of_a_run_directory_are_those_of_the_readme():
+    table = cleandoc(RunDir.__doc__).partition("\n| file |")[2]
+    assert f"| file |{table}".strip() in (ROOT / "README.md").read_text()
+    listed = {name.rstrip("/") for name in re.findall(r"^\| `([^`]+)`", table, re.MULTILINE)}
+    named = {getattr(RunDir(Path()), name).name for name, kind in vars(RunDir).items() if isinstance(kind, property)}
+    assert named < listed
+    shell = (ROOT / "slurm/body.sh").read_text()
+    assert set(re.findall(r"RUN_DIR/([A-Za-z.]+)", shell)) <= listed

@@ -18,6 +18,7 @@ from common import places
 from common.errors import UserError, run_cli
 from common.files import read_json, write_json
 from train.cluster import slurm
+from train.process.run_files import RunDir
 
 RECORD = "chain.json"
 
@@ -72,9 +73,9 @@ def status(folder: Path) -> str:
     for name, job in jobs.items():
         run = folder / name
         state = ",".join(sorted(set(slurm.states(job).values()))) or "unknown to SLURM"
-        if (run / "DONE").exists():
+        if RunDir(run).done.exists():
             state = "COMPLETED"
-        why = (run / "FAILED").read_text().strip() if (run / "FAILED").exists() else ""
+        why = RunDir(run).failed.read_text().strip() if RunDir(run).failed.exists() else ""
         if stopped and "CANCELLED" in state:
             why = f"not started, because {stopped} did not succeed"
         elif any(word in state for word in ("FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY")):

@@ -27,6 +27,7 @@ from common.files import read_json, write_json
 from model.connectors import CONNECTORS
 from train.config import DTYPES
 from train.process import launch
+from train.process.run_files import RunDir
 
 
 class _PeakMemory(threading.Thread):
@@ -199,7 +200,7 @@ def _connector(connector: str, arguments: argparse.Namespace, steps: Steps, out:
         limit = [f"max_samples={questions}"] if questions else []
         name = f"evaluate {connector}" + ("" if images == "real" else ", wrong image")
         steps.run(name, "train.evaluate", f"run={runs['finetune']}", f"images={images}", *limit)
-        evaluation[images] = read_json(runs["finetune"] / "evaluation" / f"test-{images}.json", _REMEDY)
+        evaluation[images] = read_json(RunDir(runs["finetune"]).evaluation / f"test-{images}.json", _REMEDY)
     return {"runs": runs, "evaluation": evaluation}
 
 
@@ -209,7 +210,7 @@ def _report(arguments: argparse.Namespace, steps: Steps, out: Path, results: dic
     from train.measure import report
 
     first = next(iter(results.values()))
-    config = configuration.load(first["runs"]["finetune"] / "config.yaml")
+    config = configuration.load(RunDir(first["runs"]["finetune"]).config)
     floor = first["evaluation"]["real"]["blind_floor"]
     stages = {c: {s: report.stage_figures(r) for s, r in v["runs"].items()} for c, v in results.items()}
     summary = {
@@ -229,7 +230,7 @@ def _report(arguments: argparse.Namespace, steps: Steps, out: Path, results: dic
     )
     predictions = [
         json.loads(line)
-        for line in (first["runs"]["finetune"] / "evaluation" / "test-real.jsonl").read_text().splitlines()
+        for line in (RunDir(first["runs"]["finetune"]).evaluation / "test-real.jsonl").read_text().splitlines()
     ]
     report.plot_samples(report.varied(predictions, 16), image_of(config), out / "samples.png")
     file = report.write(out, summary)

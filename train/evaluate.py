@@ -39,10 +39,11 @@ from model.vlm import VisionLanguageModel, build_model
 from train import config as configuration
 from train.config import DTYPES, ConfigError, MovedTo, RunConfig
 from train.data import EvalLoader, load_preprocessor, make_text, open_split, open_train_split
-from train.engine.export import FOLDER, load_connector, trained_part
+from train.engine.export import load_connector, trained_part
 from train.measure import card, scoring
 from train.measure.scoring import Question
 from train.process import distributed
+from train.process.run_files import RunDir
 
 
 @dataclass
@@ -153,7 +154,7 @@ def main() -> int:
     """Evaluate one run."""
     options: Options = configuration.parse_options(Options, sys.argv[1:], __doc__)
     run = Path(options.run)
-    config = configuration.load(run / "config.yaml", options.llm, options.vision)
+    config = configuration.load(RunDir(run).config, options.llm, options.vision)
     limit = options.max_samples or config.evaluation.max_samples
     if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1:
         device = distributed.init(config.engine.timeout_minutes)
@@ -213,7 +214,7 @@ def _write(
         print(why, file=sys.stderr)
     blind = scoring.blind_predictions(questions, training) if training else [""] * len(questions)
     floor = scoring.accuracy(questions, blind)
-    folder = run / "evaluation"
+    folder = RunDir(run).evaluation
     folder.mkdir(exist_ok=True)
     name = f"{options.split.replace('/', '-')}-{options.images}{'-merged' if options.merge else ''}"
     name = _free_name(folder, name, len(records))
@@ -230,8 +231,8 @@ def _write(
         "blind_floor": scoring.as_dict(floor),
     }
     write_json(folder / f"{name}.json", summary)
-    if (run / FOLDER / "config.json").is_file():
-        card.write(run, run / FOLDER)
+    if (RunDir(run).export / "config.json").is_file():
+        card.write(run, RunDir(run).export)
     asked = f"{len(records)} of {summary['available']} questions of {split.folder}"
     print(f"{run}: {asked} ({options.split}), images: {options.images}")
     width = max(10, *(len(key) + 2 for key in result))

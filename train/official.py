@@ -33,6 +33,7 @@ from model.pretrained import locate
 from train import config as configuration
 from train.config import DTYPES, ConfigError, RunConfig
 from train.engine.export import FOLDER, trained_part
+from train.process.run_files import RunDir
 from vlora import folder as folders
 from vlora.chat_templates import chat_template
 from vlora.configuration import VLoRAConfig
@@ -104,14 +105,14 @@ def import_checkpoint(options: Options) -> Path:
     }
     config.llm.path = str(out / FOLDER / "llm") if language else str(options.llm)
     config.vision.path = str(out / FOLDER / "vision") if tower else vision_path
-    configuration.save(config, writing / "config.yaml")
+    configuration.save(config, RunDir(writing).config)
     parts = {}
     for name, place in given.items():
         path = name if place is None else str(place.resolve())
         parts[name] = {"path": path, "fingerprint": fingerprint(str(place or export / name)), "base": None}
     _write_export(export, config, parts, {name: place or export / name for name, place in given.items()}, state)
     (writing / RECORD).write_text(json.dumps(theirs, indent=1))
-    (writing / "DONE").write_text(f"imported from {folder}\n")
+    RunDir(writing).done.write_text(f"imported from {folder}\n")
     if out.exists():
         out.rmdir()
     writing.replace(out)
@@ -187,7 +188,7 @@ def export_run(options: Options) -> Path:
         ValueError, UserError: no export, or a generator that their code cannot express.
     """
     run, out = Path(str(options.run)), Path(options.out)
-    config = configuration.load(run / "config.yaml")
+    config = configuration.load(RunDir(run).config)
     if config.connector.name != "vlora":
         raise ConfigError(f"{run} has connector={config.connector.name}; only vlora has a released form")
     imported = json.loads((run / RECORD).read_text()) if (run / RECORD).is_file() else {}
@@ -213,7 +214,7 @@ def export_run(options: Options) -> Path:
         tensors = dict(projector)
         for file in sorted(llm_folder.glob("*.safetensors")):
             tensors |= load_file(file)
-        tower = run / FOLDER / "vision" / "model.safetensors"
+        tower = RunDir(run).export / "vision" / "model.safetensors"
         tensors |= {official.TOWER + name: t for name, t in load_file(tower).items()} if tower.is_file() else {}
         _save(tensors, out / "model.safetensors")
         for pattern in _TOKENIZER:
@@ -240,7 +241,7 @@ def main() -> int:
         print(f"exported to {export_run(options)}")
         return 0
     out = import_checkpoint(options)
-    config = configuration.read(out / "config.yaml")
+    config = configuration.read(RunDir(out).config)
     print(f"imported into {out}: python -m train.evaluate run={out} split=FOLDER_OF_A_PREPARED_SPLIT")
     print(f"to train on: python -m train stage=finetune init_from={out} llm.path={config.llm.path}")
     return 0

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, run_cli
+from train.process.run_files import RunDir
 
 MIN_FREE_GIB = 20.0
 MAX_SKEW_SECONDS = 2.0
@@ -93,7 +94,7 @@ def check_inputs(report: Report, run_dir: Path) -> None:
     from train.data import open_split, open_train_split
     from train.engine import checkpoint
 
-    config = configuration.load(run_dir / "config.yaml")
+    config = configuration.load(RunDir(run_dir).config)
     found, known = checkpoint.identity(run_dir)
     for name, path in (("llm", config.llm.path), ("vision", config.vision.path)):
         try:
@@ -122,7 +123,7 @@ def warm_ops(report: Report, run_dir: Path) -> None:
     from model.ops import set_merge
     from train import config as configuration
 
-    config = configuration.load(run_dir / "config.yaml")
+    config = configuration.load(RunDir(run_dir).config)
     if config.ops.merge == "cuda":
         try:
             set_merge("cuda", torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -25,6 +25,7 @@ from common.markdown import plain
 from train import config as configuration
 from train.cluster import slurm, sweep
 from train.measure.tracking import read_metrics, start_wandb
+from train.process.run_files import RunDir
 
 _COLUMNS = (
     "point",
@@ -56,8 +57,8 @@ def collect(folder: Path) -> list[dict[str, Any]]:
 def _row(run: Path, index: int, overrides: list[str], queued: str | None) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(_COLUMNS) | {"point": index, "overrides": overrides}
     row["state"], row["why"] = _state(run, queued)
-    if (run / "config.yaml").exists():
-        config = configuration.load(run / "config.yaml")
+    if RunDir(run).config.exists():
+        config = configuration.load(RunDir(run).config)
         generator = config.generator
         row |= {"rank": generator.rank, "blocks": generator.num_blocks, "types": generator.types}
     records = [r for r in read_metrics(run) if "loss" in r]
@@ -77,11 +78,11 @@ def _row(run: Path, index: int, overrides: list[str], queued: str | None) -> dic
 
 def _state(run: Path, queued: str | None) -> tuple[str, str | None]:
     """State and, for a failed point, the reason."""
-    if (run / "DONE").exists():
+    if RunDir(run).done.exists():
         return "finished", None
-    if (run / "FAILED").exists():
-        return "failed", (run / "FAILED").read_text().strip()
-    if not (run / "config.yaml").exists():
+    if RunDir(run).failed.exists():
+        return "failed", RunDir(run).failed.read_text().strip()
+    if not RunDir(run).config.exists():
         return "failed", "refused before it started; run it alone to see why"
     if queued in ("PENDING", "CONFIGURING", "REQUEUED"):
         return "waiting", None
@@ -91,7 +92,7 @@ def _state(run: Path, queued: str | None) -> tuple[str, str | None]:
         return "cancelled", None
     if queued is not None:
         return "failed", f"SLURM says {queued}; see its log in slurm/logs"
-    return ("stopped", None) if (run / "STOPPED").exists() else ("unfinished", None)
+    return ("stopped", None) if RunDir(run).stopped.exists() else ("unfinished", None)
 
 
 def varied(rows: list[dict[str, Any]]) -> list[str]:
@@ -171,7 +172,7 @@ def _plot(rows: list[dict[str, Any]], figure: str, file: Path) -> bool:
 
 def log_to_wandb(folder: Path, rows: list[dict[str, Any]]) -> None:
     """The table and plots as one run of the sweep's group; nothing where the sweep does not use wandb."""
-    configs = [folder / str(row["point"]) / "config.yaml" for row in rows]
+    configs = [RunDir(folder / str(row["point"])).config for row in rows]
     first = next((configuration.load(c).tracking for c in configs if c.exists()), None)
     if first is None or first.wandb == "disabled":
         return

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from common.files import write_atomically
+from train.process.run_files import RunDir
 from train.process.signals import StopRequest
 
 
@@ -24,12 +25,13 @@ def run(path: Path) -> int:
     from train.engine.stage import run_stage
     from train.process import distributed
 
-    config = load(path / "config.yaml")
+    files = RunDir(path)
+    config = load(files.config)
     device = distributed.init(config.engine.timeout_minutes)
     try:
         finished = run_stage(config, path, device, stop)
         if distributed.rank() == 0:
-            write_atomically(path / ("DONE" if finished else "STOPPED"), f"{stop.reason or 'finished'}\n")
+            write_atomically(files.done if finished else files.stopped, f"{stop.reason or 'finished'}\n")
         distributed.barrier()
     finally:
         distributed.shutdown()

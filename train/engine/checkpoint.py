@@ -29,12 +29,12 @@ from common.errors import UserError
 from common.files import DamagedFile, damage, file_names, read_json, seal, sync, write_atomically, write_json
 from train.engine.weights_only import weights_only
 from train.process import distributed
+from train.process.run_files import RunDir
 
 if TYPE_CHECKING:  # DeepSpeed takes seconds to import and evaluation has no need of it
     from train.engine.engine import Engine
 
 
-FOLDER = "checkpoints"
 COMPLETE = "COMPLETE"
 _REMEDY = "the checkpoint cannot be used"
 
@@ -74,7 +74,7 @@ def save(engine: Engine, run_dir: Path, progress: Progress, identity: dict[str, 
     Raises:
         CheckpointError: it cannot be written; the earlier ones stay.
     """
-    root = run_dir / FOLDER
+    root = RunDir(run_dir).checkpoints
     name = f"step-{progress.step:06d}"
     if (root / name / COMPLETE).exists():  # resumed there, and no step since: `find` has taken a damaged one away
         return root / name
@@ -130,7 +130,7 @@ def find(run_dir: Path) -> Path | None:
     Raises:
         CheckpointError: there are checkpoints, and none of them is sound.
     """
-    root = run_dir / FOLDER
+    root = RunDir(run_dir).checkpoints
     found = [root / name for name in distributed.gather(sorted(p.name for p in root.glob("step-*")))[0]]
     wrong: list[tuple[Path, str]] = []
     for path in reversed(found):
@@ -160,7 +160,7 @@ def find(run_dir: Path) -> Path | None:
 
 def identity(run_dir: Path) -> tuple[Path | None, dict[str, str]]:
     """The newest checkpoint that says what it belongs to, and that; its files are not looked at."""
-    for path in sorted((run_dir / FOLDER).glob("step-*"), reverse=True):
+    for path in sorted(RunDir(run_dir).checkpoints.glob("step-*"), reverse=True):
         with suppress(DamagedFile, KeyError):
             return path, read_json(path / COMPLETE, _REMEDY)["identity"]
     return None, {}

@@ -22,6 +22,7 @@ from train.config import DTYPES, RunConfig
 from train.engine.checkpoint import CheckpointError
 from train.measure import card
 from train.process import distributed
+from train.process.run_files import RunDir
 from vlora import folder as folders
 from vlora.chat_templates import chat_template
 from vlora.configuration import VLoRAConfig
@@ -70,7 +71,7 @@ def export(
         CheckpointError: it cannot be written.
     """
     model, main = engine.model, distributed.rank() == 0
-    folder, temporary = run_dir / FOLDER, run_dir / f".{FOLDER}.writing"
+    folder, temporary = RunDir(run_dir).export, run_dir / f".{FOLDER}.writing"
     connector = dict(full_tensors(model.connector))
     every = {"llm": model.llm} | ({} if model.vision is None else {"vision": model.vision.encoder})
     trained = {
@@ -132,7 +133,7 @@ def trained_part(run_dir: Path, part: str) -> Path | None:
     Raises:
         DamagedFile: the export is not what was written.
     """
-    for folder in (run_dir / FOLDER / part, run_dir / part):
+    for folder in (RunDir(run_dir).export / part, run_dir / part):
         folders.verify(folder.parent)
         if folder.is_dir() and (folder / "config.json").is_file():
             return folder

@@ -51,6 +51,7 @@ from train.measure.summary import describe, parameter_counts
 from train.measure.tracking import Tracker
 from train.process import distributed
 from train.process.run_dir import read_record
+from train.process.run_files import RunDir
 from train.process.signals import StopRequest
 
 
@@ -87,7 +88,7 @@ def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: Stop
     Raises:
         ValueError, UserError: anything the user can put right.
     """
-    if (run_dir / "DONE").exists():
+    if RunDir(run_dir).done.exists():
         return True
     micro_steps = accumulation(config, distributed.world_size())
     _seed(config)
@@ -128,7 +129,7 @@ def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: Stop
             "parameters": counts,
             "identity": data.identity,
         }
-        write_json(run_dir / "facts.json", facts)
+        write_json(RunDir(run_dir).facts, facts)
         tracker = Tracker(config, run_dir, read_record(run_dir), stage.progress.step, facts)
     return _train(stage, recorder, data, tracker)
 

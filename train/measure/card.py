@@ -14,6 +14,7 @@ from common.files import read_json, write_atomically
 from common.markdown import plain
 from train import config as configuration
 from train.config import RunConfig
+from train.process.run_files import RunDir
 
 _FRONT = """---
 library_name: transformers
@@ -38,8 +39,8 @@ trained on, and knows no other.
 
 def write(run_dir: Path, folder: Path) -> None:
     """Write `folder`/README.md from what the run directory records; again after an evaluation, which adds scores."""
-    config = configuration.load(run_dir / "config.yaml")
-    record, facts = _read(run_dir / "run.json"), _read(run_dir / "facts.json")
+    config = configuration.load(RunDir(run_dir).config)
+    record, facts = _read(RunDir(run_dir).record), _read(RunDir(run_dir).facts)
     described = _read(folder / "config.json")
     lines = [_FRONT, f"# {plain(run_dir.name)}", "", _what(config), ""]
     lines += [
@@ -109,7 +110,7 @@ def _training(config: RunConfig, record: dict[str, Any], facts: dict[str, Any]) 
 
 
 def _scores(run_dir: Path) -> list[str]:
-    files = sorted((run_dir / "evaluation").glob("*.json"))
+    files = sorted(RunDir(run_dir).evaluation.glob("*.json"))
     if not files:
         return ["## Scores", "", "Not evaluated yet.", ""]
     lines = [
@@ -132,7 +133,7 @@ def _scores(run_dir: Path) -> list[str]:
 
 
 def _question(run_dir: Path) -> str:
-    for file in sorted((run_dir / "evaluation").glob("*.jsonl")) + sorted((run_dir / "samples").glob("*.jsonl")):
+    for file in sorted(RunDir(run_dir).evaluation.glob("*.jsonl")) + sorted(RunDir(run_dir).samples.glob("*.jsonl")):
         with suppress(OSError, ValueError, AttributeError):  # an example only: a damaged file has none
             first = json.loads(file.read_text(encoding="utf-8").partition("\n")[0] or "{}")
             if first.get("question"):

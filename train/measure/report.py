@@ -17,6 +17,7 @@ from PIL import Image
 from common.files import read_json, write_atomically
 from train.measure.tracking import read_metrics
 from train.process.run_dir import read_record
+from train.process.run_files import RunDir
 
 PHASES = ("data", "vision", "connector", "llm", "backward", "optimizer")
 _COLORS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")
@@ -32,7 +33,7 @@ def stage_figures(run: Path) -> dict[str, Any]:
         values = sorted(r[key] for r in steady if key in r)
         return values[len(values) // 2] if values else 0.0
 
-    facts = read_json(run / "facts.json", "start the run again, which writes it anew")
+    facts = read_json(RunDir(run).facts, "start the run again, which writes it anew")
     return {
         "world_size": facts["world_size"],
         "zero_stage": facts["zero_stage"],

@@ -15,6 +15,7 @@ from train.config import RunConfig
 from train.data import EvalLoader
 from train.engine.engine import Engine
 from train.measure.tracking import Tracker
+from train.process.run_files import RunDir
 
 COLUMNS: list[str | int] = ["image", "question", "answer", "prediction"]
 
@@ -39,7 +40,7 @@ def predict(engine: Engine, loader: EvalLoader, config: RunConfig) -> list[dict[
 
 def write(run_dir: Path, step: int, rows: list[dict[str, Any]], tracker: Tracker) -> None:
     """Keep the table as `samples/step-N.jsonl` and log it with pictures."""
-    folder = run_dir / "samples"
+    folder = RunDir(run_dir).samples
     folder.mkdir(exist_ok=True)
     lines = [json.dumps({k: v for k, v in row.items() if k != "images"}) for row in rows]
     write_atomically(folder / f"step-{step:06d}.jsonl", "\n".join(lines) + "\n")

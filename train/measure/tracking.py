@@ -11,6 +11,7 @@ from typing import Any
 
 from common.files import DamagedFile, read_text, write_atomically
 from train.config import RunConfig, TrackingConfig
+from train.process.run_files import RunDir
 
 METRICS = "metrics.jsonl"
 _REMEDY = "restore it, or remove it: the run does not need it, only its report does"
@@ -32,7 +33,7 @@ class Tracker:
     def __init__(
         self, config: RunConfig, run_dir: Path, record: dict[str, Any], resumed_step: int, facts: dict[str, Any]
     ) -> None:
-        self.path = run_dir / METRICS
+        self.path = RunDir(run_dir).metrics
         _drop_after(self.path, resumed_step)
         self._stream = self.path.open("a", buffering=1)
         self._wandb: Any = None
@@ -82,7 +83,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     Raises:
         DamagedFile: the file is no text, or another line is no record.
     """
-    path = run_dir / METRICS
+    path = RunDir(run_dir).metrics
     records, bad = _read(path)
     if bad:
         raise DamagedFile(f"{path}, line {bad[0]}, is no record; {_REMEDY}")

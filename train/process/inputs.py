@@ -8,6 +8,7 @@ from common.errors import ConfigError
 from data_prep.store.pixels import load_preprocessor
 from train.config import RunConfig, located, missing_models
 from train.data import is_prepared
+from train.process.run_files import RunDir
 
 
 def missing_data(config: RunConfig) -> list[str]:
@@ -20,7 +21,7 @@ def missing_data(config: RunConfig) -> list[str]:
             cure = "" if "train" in key else f", or set {key}=null"
             lines.append(f"{key}={path}: no prepared split in {data.root}; make it with python -m data_prep{cure}")
     run = config.init_from
-    if run is not None and not (Path(run) / "export").is_dir():
+    if run is not None and not RunDir(Path(run)).export.is_dir():
         lines.append(f"init_from={run}: {run} has no finished export; name the run to start from")
     return lines
 

@@ -18,6 +18,7 @@ from common.errors import UserError, report_errors
 from common.files import write_atomically
 from train import worker
 from train.config import RunConfig
+from train.process.run_files import RunDir
 
 # To each worker. A closed terminal is a stop request like any other.
 _PASSED_ON = {
@@ -51,8 +52,8 @@ def local(config: RunConfig, run_dir: Path) -> bool:
     """
     workers = worker_count(config)
     threads = config.launch.threads_per_worker or max(1, (os.cpu_count() or 1) // workers)
-    for marker in ("STOP", "STOPPED"):
-        (run_dir / marker).unlink(missing_ok=True)
+    for marker in (RunDir(run_dir).stop, RunDir(run_dir).stopped):
+        marker.unlink(missing_ok=True)
     # Held here, so that its port is taken when the workers learn of it.
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     errors = run_dir / ".errors"  # here, where it is found and removed after a front end that was killed
@@ -83,7 +84,7 @@ def local(config: RunConfig, run_dir: Path) -> bool:
             raise UserError(f"the run in {run_dir} failed: rank {error.error_index} {end}") from error
     finally:
         shutil.rmtree(errors, ignore_errors=True)
-    return (run_dir / "DONE").exists()
+    return RunDir(run_dir).done.exists()
 
 
 def _worker(rank: int, run_dir: Path, environment: dict[str, str], errors: str) -> None:
@@ -104,7 +105,7 @@ def _run_workers(workers: int, run_dir: Path, environment: dict[str, str], error
 
     def pass_on(number: int, frame: object) -> None:
         # For a worker that is not ready to take the signal: it ignores what this process ignored when it was started.
-        write_atomically(run_dir / "STOP", signal.Signals(number).name)
+        write_atomically(RunDir(run_dir).stop, signal.Signals(number).name)
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, _PASSED_ON[signal.Signals(number)])

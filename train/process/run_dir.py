@@ -1,13 +1,4 @@
-"""The run directory: one directory = one run = one wandb run.
-
-config.yaml      the resolved configuration, all that workers read
-run.json         id, command, git commit, versions, creation time
-git.diff         uncommitted changes of the code, if any
-metrics.jsonl    one record per line
-checkpoints/ export/ wandb/ samples/
-STOP             ask a running job to stop (any content)
-DONE             the stage has finished and its export is written
-"""
+"""Makes a run directory, or re-enters one; `train.process.run_files.RunDir` says what is in it."""
 
 from __future__ import annotations
 
@@ -29,8 +20,8 @@ from common.files import DamagedFile, read_json, remove_temporaries, write_atomi
 from model.loading import fingerprint
 from train import config as configuration
 from train.config import RunConfig
+from train.process.run_files import RunDir
 
-CONFIG = "config.yaml"
 _CODE = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "hydra-core", "wandb", "safetensors", "triton")
 # Where and how a run is executed may change between its lifetimes; what it computes may not.
@@ -40,9 +31,9 @@ _MAY_CHANGE = {
     "llm.path", "vision.path",  # compared by fingerprint
     "engine.micro_batch_size", "engine.gradient_checkpointing", "engine.memory_gib", "engine.timeout_minutes",
 }  # fmt: skip
-_RECORD = "run.json"
+_NAMES = RunDir(Path())
 # What a directory may hold whose making was cut short.
-_BEGUN = {_RECORD, "git.diff"}
+_BEGUN = {_NAMES.record.name, _NAMES.diff.name}
 
 
 def create(config: RunConfig) -> Path:
@@ -60,30 +51,30 @@ def create(config: RunConfig) -> Path:
     _make_absolute(config)
     path = Path(config.run_dir)
     remove_temporaries(path)
-    failed_start = (path / CONFIG).exists() and not has_trained(path) and not _is_same(path, config)
-    if (path / CONFIG).exists() and not failed_start:
-        if not (path / _RECORD).exists():
-            print(f"warning: {path / _RECORD} was missing; the run gets a new id", file=sys.stderr)
+    failed_start = RunDir(path).config.exists() and not has_trained(path) and not _is_same(path, config)
+    if RunDir(path).config.exists() and not failed_start:
+        if not RunDir(path).record.exists():
+            print(f"warning: {RunDir(path).record} was missing; the run gets a new id", file=sys.stderr)
             _write_record(path, config)
         record = read_record(path)
-        old = configuration.read(path / CONFIG)
+        old = configuration.read(RunDir(path).config)
         _require_same(old, config, path)
         _require_same_models(old, config, record.get("models", {}))
-        configuration.save(config, path / CONFIG)
+        configuration.save(config, RunDir(path).config)
         if (old.stage.steps, old.stage.epochs) != (config.stage.steps, config.stage.epochs):
-            (path / "DONE").unlink(missing_ok=True)  # it is longer now
+            RunDir(path).done.unlink(missing_ok=True)  # it is longer now
         return path
     names = {p.name for p in path.iterdir() if not p.name.startswith(".")} if path.exists() else set()
     if failed_start:
         print(f"{path}: a start with another configuration trained nothing; made anew", file=sys.stderr)
-    elif _RECORD in names and names - _BEGUN:
-        print(f"warning: {path / CONFIG} was missing; it is written anew from this command line", file=sys.stderr)
+    elif _NAMES.record.name in names and names - _BEGUN:
+        print(f"warning: {RunDir(path).config} was missing; it is written anew from this command line", file=sys.stderr)
     elif names - _BEGUN:
         raise UserError(f"run_dir={path} exists and is no run directory; choose another")
     path.mkdir(parents=True, exist_ok=True)
-    if failed_start or not (path / _RECORD).exists():
+    if failed_start or not RunDir(path).record.exists():
         _write_record(path, config)
-    configuration.save(config, path / CONFIG)
+    configuration.save(config, RunDir(path).config)
     return path
 
 
@@ -100,8 +91,8 @@ def _write_record(path: Path, config: RunConfig) -> None:
         "models": _models(config),
     }
     if diff:
-        write_atomically(path / "git.diff", diff)
-    write_json(path / _RECORD, record)
+        write_atomically(RunDir(path).diff, diff)
+    write_json(RunDir(path).record, record)
 
 
 def _make_absolute(config: RunConfig) -> None:
@@ -145,14 +136,14 @@ def _require_same_models(old: RunConfig, new: RunConfig, known: dict[str, str]) 
 
 def has_trained(path: Path) -> bool:
     """Whether a run directory holds a step's result: a metric, a checkpoint, an export."""
-    metrics = path / "metrics.jsonl"
-    found = [path / "DONE", path / "export", *(path / "checkpoints").glob("*")]
+    metrics = RunDir(path).metrics
+    found = [RunDir(path).done, RunDir(path).export, *RunDir(path).checkpoints.glob("*")]
     return any(file.exists() for file in found) or metrics.is_file() and metrics.stat().st_size > 0
 
 
 def _is_same(path: Path, config: RunConfig) -> bool:
     try:
-        _require_same(configuration.read(path / CONFIG), config, path)
+        _require_same(configuration.read(RunDir(path).config), config, path)
     except UserError:
         return False
     return True
@@ -213,9 +204,9 @@ def read_record(path: Path) -> dict[str, Any]:
     Raises:
         DamagedFile: not a run directory, or the file is damaged.
     """
-    if not (path / _RECORD).exists() and not (path / CONFIG).exists():
-        raise DamagedFile(f"{path} is not a run directory (no {_RECORD})")
-    return read_json(path / _RECORD, "remove it, and the run gets a new id at its next start")
+    if not RunDir(path).record.exists() and not RunDir(path).config.exists():
+        raise DamagedFile(f"{path} is not a run directory (no {_NAMES.record.name})")
+    return read_json(RunDir(path).record, "remove it, and the run gets a new id at its next start")
 
 
 def git_state() -> tuple[str | None, str]:

@@ -9,6 +9,8 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from train.process.run_files import RunDir
+
 if TYPE_CHECKING:  # this module is installed before the imports that take seconds
     import torch
 
@@ -28,7 +30,7 @@ class StopRequest:
     """
 
     def __init__(self, run_dir: Path, grace_seconds: float = 600.0) -> None:
-        self.file = run_dir / "STOP"
+        self.file = RunDir(run_dir).stop
         self.grace_seconds = grace_seconds
         self.reason: str | None = None
         self._timer: threading.Timer | None = None
