@@ -35,7 +35,7 @@ from data_prep.store.writer import write_split
 from data_prep.text.encoder import Encoded
 from model.config import VisionConfig
 from train.data import DataConfig, PixelPreprocessor, SourceConfig, TrainLoader, load_preprocessor
-from train.data.collate import Piece, collate
+from train.data.collate import EncodedSample, collate
 
 PAPER_SAMPLES = 246
 """Samples per second of the paper's pretraining (Table 7; LLaVA-v1.5: 106)."""
@@ -79,7 +79,7 @@ def padded(processor: Any, files: list[bytes]) -> Tensor:
 
 def ours(pixels: PixelPreprocessor, files: list[bytes]) -> Tensor:
     """The loader's way: `collate`."""
-    pieces = [Piece("benchmark", [data], [Encoded([1, 2], [-100, 2])]) for data in files]
+    pieces = [EncodedSample("benchmark", [data], [Encoded([1, 2], [-100, 2])]) for data in files]
     return collate(pieces, pixels, 0).images
 
 

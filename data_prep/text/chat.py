@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data_prep.store.errors import DataError
 from data_prep.store.sample import Dialogue
-from data_prep.text.templates import Piece, own
+from data_prep.text.templates import Span, own
 
 _MARK = re.compile("\ue000(\\d+)\ue001")
 _SEARCHES = (
@@ -66,15 +66,15 @@ class ChatTemplate:
             raise DataError("template=chat: the tokenizer's chat template ends an answer without a special token")
         self._closing = end.group()
 
-    def __call__(self, dialogue: Dialogue) -> list[Piece]:
-        """The dialogue as pieces of text.
+    def __call__(self, dialogue: Dialogue) -> list[Span]:
+        """The dialogue as spans of text.
 
         Raises:
             DataError: turns that the template cannot render, or leaves out.
         """
         texts, marks = self._render(dialogue)
         asked = self._asked(dialogue[0]["content"] if dialogue[0]["role"] == "system" else None)
-        pieces: list[Piece] = []
+        spans: list[Span] = []
         before = None  # the turn of the content before this text, if that is an answer
         for text, (turn, content) in zip(texts, [*marks, (None, "")], strict=True):
             answer = turn if turn is not None and dialogue[turn]["role"] == "assistant" else None
@@ -84,11 +84,11 @@ class ChatTemplate:
                 if found is None and turn is not None:
                     raise DataError("the tokenizer's chat template ends an answer without a special token")
                 end = len(text) if found is None else found.end()
-                pieces.append(own(text[:end] if found is not None else text + self._closing, True))
+                spans.append(own(text[:end] if found is not None else text + self._closing, True))
             start = end if before == answer else self._start(text, end, asked)
-            pieces += [own(text[end:start]), own(text[start:], answer is not None), Piece(content, answer is not None)]
+            spans += [own(text[end:start]), own(text[start:], answer is not None), Span(content, answer is not None)]
             before = answer
-        return [piece for piece in pieces if piece.text]
+        return [span for span in spans if span.text]
 
     def _render(self, dialogue: Dialogue, asking: bool = False) -> tuple[list[str], list[tuple[int, str]]]:
         """The template's texts, and between each two the number of a turn and a part of its content."""

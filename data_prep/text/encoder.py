@@ -1,6 +1,6 @@
 """Dialogues to tokens, with labels masked by exact character spans, and generated tokens back to answers.
 
-A template (`data_prep.text.templates`) renders a dialogue into pieces. The special tokens of its own text become ids;
+A template (`data_prep.text.templates`) renders a dialogue into spans. The special tokens of its own text become ids;
 text of the dialogue never does, whatever it looks like (a user who writes `<|im_end|>` has written ten characters). The
 text between special tokens is tokenised as one run, as the tokenizer's authors do, and a token is a target when it
 covers a target character.
@@ -18,7 +18,7 @@ from data_prep.store.errors import DataError
 from data_prep.store.sample import Dialogue
 from data_prep.text.chat import ChatTemplate
 from data_prep.text.dialogues import IMAGE_TOKEN
-from data_prep.text.templates import NAMES, NEEDED, TEMPLATES, Piece
+from data_prep.text.templates import NAMES, NEEDED, TEMPLATES, Span
 from model.batch import IGNORE
 
 _OWN, _CONTENT = 1, 2
@@ -170,8 +170,8 @@ class TextEncoder:
         words = [word for turn in dialogue if turn["role"] == "assistant" for word in turn["content"].split()]
         return [word for word in words if self.unknown_id in self._later.encode(word, add_special_tokens=False).ids]
 
-    def render(self, dialogue: Dialogue) -> list[Piece]:
-        """The dialogue as pieces of text.
+    def render(self, dialogue: Dialogue) -> list[Span]:
+        """The dialogue as spans of text.
 
         Raises:
             DataError: turns the template cannot render.
@@ -189,7 +189,7 @@ class TextEncoder:
         question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "A"}
         ids, targets, _ = self._row([question, answer] * (1 if self.template == "plain" else 2))
         answers = _answers(targets)
-        ends = dict.fromkeys(ids[span.stop - 1] for span in answers)
+        ends = dict.fromkeys(ids[answer.stop - 1] for answer in answers)
         begin = answers[-1].start
         return tuple(ends), tuple(ids[begin : targets.index(_CONTENT, begin)])
 
@@ -212,7 +212,7 @@ class TextEncoder:
             return [self._start, *ids], [0, *targets], tuple(place + 1 for place in places)
         return ids, targets, tuple(places)
 
-    def _tokens(self, pieces: list[Piece]) -> tuple[list[int], list[int], list[int]]:
+    def _tokens(self, spans: list[Span]) -> tuple[list[int], list[int], list[int]]:
         """Ids, what each is as a target, and in front of which of them images stand."""
         ids: list[int] = []
         targets: list[int] = []
@@ -233,7 +233,7 @@ class TextEncoder:
                 mask = [target for part, target in run for _ in part][start:]
                 encoding = (self._later if begun else self._first).encode(text, add_special_tokens=False)
                 ids.extend(encoding.ids)
-                # An empty span is the prefix that SentencePiece puts before a run: it goes with what follows.
+                # An empty stretch is the prefix that SentencePiece puts before a run: it goes with what follows.
                 targets.extend(max(mask[start : max(end, start + 1)]) for start, end in encoding.offsets)
                 begun = True
                 # A word keeps the space before it: the image stands in front of the token that reaches behind the mark.
@@ -244,9 +244,9 @@ class TextEncoder:
             marks.clear()
             swallow = False
 
-        for piece in pieces:
-            own = _OWN if piece.target else 0
-            for number, part in enumerate(self._split_special.split(piece.text) if piece.special else [piece.text]):
+        for span in spans:
+            own = _OWN if span.target else 0
+            for number, part in enumerate(self._split_special.split(span.text) if span.special else [span.text]):
                 if number % 2:
                     token_id, token = self._special[part]
                     end_run(token.lstrip)
@@ -263,7 +263,7 @@ class TextEncoder:
                         elif stretch == _PLACE:
                             marks.append(sum(len(text) for text, _ in run))
                         elif stretch:
-                            run.append((stretch, own if piece.special or not own else _CONTENT))
+                            run.append((stretch, own if span.special or not own else _CONTENT))
         end_run()
         return ids, targets, places
 

@@ -1,4 +1,4 @@
-r"""Text templates: a dialogue as pieces of text, each marked as target or not.
+r"""Text templates: a dialogue as spans of text, each marked as target or not.
 
 plain      the answer alone: captions
 qa         "Question: {q}\nAnswer: {a}"
@@ -24,7 +24,7 @@ VICUNA_SYSTEM = (
 
 
 @dataclass(frozen=True)
-class Piece:
+class Span:
     """A stretch of rendered text.
 
     Attributes:
@@ -38,9 +38,9 @@ class Piece:
     special: bool = False
 
 
-def own(text: str, target: bool = False) -> Piece:
+def own(text: str, target: bool = False) -> Span:
     """A stretch of the template's own text."""
-    return Piece(text, target, special=True)
+    return Span(text, target, special=True)
 
 
 def _turns(dialogue: Dialogue) -> tuple[str | None, list[tuple[str, str | None]]]:
@@ -60,76 +60,76 @@ def _turns(dialogue: Dialogue) -> tuple[str | None, list[tuple[str, str | None]]
     return system, pairs
 
 
-def _plain(dialogue: Dialogue, eos: str) -> list[Piece]:
+def _plain(dialogue: Dialogue, eos: str) -> list[Span]:
     """The caption and the end token. What the user said is left out, as LLaVA does in pre-training."""
     _, pairs = _turns(dialogue)
     if len(pairs) != 1:
         raise DataError(f"template plain is for captions; this dialogue has {len(pairs)} user turns")
     answer = pairs[0][1]
-    return [] if answer is None else [Piece(answer, True), own(eos, True)]
+    return [] if answer is None else [Span(answer, True), own(eos, True)]
 
 
-def _qa(dialogue: Dialogue, eos: str) -> list[Piece]:
+def _qa(dialogue: Dialogue, eos: str) -> list[Span]:
     system, pairs = _turns(dialogue)
-    pieces = [Piece(system), own("\n")] if system else []
+    spans = [Span(system), own("\n")] if system else []
     for question, answer in pairs:
         if question:
-            pieces += [own("Question: "), Piece(question), own("\nAnswer:")]
+            spans += [own("Question: "), Span(question), own("\nAnswer:")]
         if answer is not None:
             # The space belongs to the answer: most words are one token with it and two without.
-            pieces += [own(" ", True), Piece(answer, True), own(eos, True)]
-    return pieces
+            spans += [own(" ", True), Span(answer, True), own(eos, True)]
+    return spans
 
 
-def _bare(dialogue: Dialogue, eos: str) -> list[Piece]:
+def _bare(dialogue: Dialogue, eos: str) -> list[Span]:
     system, pairs = _turns(dialogue)
-    pieces = [Piece(system), own("\n")] if system else []
+    spans = [Span(system), own("\n")] if system else []
     for number, (question, answer) in enumerate(pairs):
         if question:
-            pieces += [own("\n")] * (number > 0) + [Piece(question)]
+            spans += [own("\n")] * (number > 0) + [Span(question)]
         if answer is not None:
-            pieces += [own(" ", True), Piece(answer, True), own(eos, True)]
-    return pieces
+            spans += [own(" ", True), Span(answer, True), own(eos, True)]
+    return spans
 
 
-def _vicuna_v1(dialogue: Dialogue, eos: str) -> list[Piece]:
+def _vicuna_v1(dialogue: Dialogue, eos: str) -> list[Span]:
     system, pairs = _turns(dialogue)
-    pieces = [own(VICUNA_SYSTEM) if system is None else Piece(system), own(" ")]
+    spans = [own(VICUNA_SYSTEM) if system is None else Span(system), own(" ")]
     for question, answer in pairs:
-        pieces += [own("USER: "), Piece(question), own(" ASSISTANT:")] if question else [own("USER: ASSISTANT:")]
+        spans += [own("USER: "), Span(question), own(" ASSISTANT:")] if question else [own("USER: ASSISTANT:")]
         if answer is not None:
-            pieces += [own(" ", True), Piece(answer, True), own(eos, True)]
-    return pieces
+            spans += [own(" ", True), Span(answer, True), own(eos, True)]
+    return spans
 
 
-def _llama2(dialogue: Dialogue, eos: str) -> list[Piece]:
+def _llama2(dialogue: Dialogue, eos: str) -> list[Span]:
     system, pairs = _turns(dialogue)
-    pieces: list[Piece] = []
+    spans: list[Span] = []
     for number, (question, answer) in enumerate(pairs):
-        pieces.append(own("<s>[INST] "))
+        spans.append(own("<s>[INST] "))
         if number == 0 and system:
-            pieces += [own("<<SYS>>\n"), Piece(system), own("\n<</SYS>>\n\n")]
-        pieces += [Piece(question), own(" [/INST]")]
+            spans += [own("<<SYS>>\n"), Span(system), own("\n<</SYS>>\n\n")]
+        spans += [Span(question), own(" [/INST]")]
         if answer is not None:
-            pieces += [own(" ", True), Piece(answer, True), own(" </s>", True)]
-    return pieces
+            spans += [own(" ", True), Span(answer, True), own(" </s>", True)]
+    return spans
 
 
-def _llama3(dialogue: Dialogue, eos: str) -> list[Piece]:
-    pieces = [own("<|begin_of_text|>")]
+def _llama3(dialogue: Dialogue, eos: str) -> list[Span]:
+    spans = [own("<|begin_of_text|>")]
     for turn in dialogue:
         target = turn["role"] == "assistant"
-        pieces += [
+        spans += [
             own(f"<|start_header_id|>{turn['role']}<|end_header_id|>\n\n"),
-            Piece(turn["content"], target),
+            Span(turn["content"], target),
             own("<|eot_id|>", target),
         ]
     if dialogue[-1]["role"] != "assistant":
-        pieces.append(own("<|start_header_id|>assistant<|end_header_id|>\n\n"))
-    return pieces
+        spans.append(own("<|start_header_id|>assistant<|end_header_id|>\n\n"))
+    return spans
 
 
-TEMPLATES: dict[str, Callable[[Dialogue, str], list[Piece]]] = {
+TEMPLATES: dict[str, Callable[[Dialogue, str], list[Span]]] = {
     "plain": _plain,
     "qa": _qa,
     "bare": _bare,

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.files import share
-from model.deploy.merging import WHY_NOT_M
 from model.generator.placement import Site, decoder_layers
 from model.generator.weights import PerceptualWeights
+from model.ops.merge import WHY_NOT_M
 
 _GGUF_NAMES = {"mistral": "llama", "phi": "phi2"}
 """llama.cpp's architecture, where it is not transformers' `model_type`."""

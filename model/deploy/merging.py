@@ -14,8 +14,7 @@ from model.decoder.injection import pinned
 from model.generator.placement import Site, decoder_layers
 from model.generator.weights import PerceptualWeights
 from model.ops import MERGEABLE, Merged, MergeError, Placed, merge_, merge_errors, restore_
-
-WHY_NOT_M = "'m' runs beside the whole MLP, around its nonlinearity, so no change of gate, up or down equals it"
+from model.ops.merge import WHY_NOT_M
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from model.ops.backend import merge_for
 from model.ops.cuda import merge as cuda_merge
 
+WHY_NOT_M = "'m' runs beside the whole MLP, around its nonlinearity, so no change of gate, up or down equals it"
 MERGEABLE = ("q", "k", "v", "o", "gate", "up", "down")
 """Types whose update is a change of one weight matrix."""
 
@@ -158,10 +159,7 @@ def _check(placed: list[Placed]) -> None:
     seen: set[int] = set()
     for p in placed:
         if p.kind == "m":
-            raise ValueError(
-                "type 'm' cannot be merged: it runs beside the whole MLP, around its nonlinearity, "
-                "so no change of gate, up or down equals it; run it as a branch (lowrank_delta)"
-            )
+            raise ValueError(f"type 'm' cannot be merged: {WHY_NOT_M}; run it as a branch (lowrank_delta)")
         if p.kind not in MERGEABLE:
             raise ValueError(f"unknown type {p.kind!r}; mergeable are {', '.join(MERGEABLE)}")
         if p.a.dim() != 2 or p.b.dim() != 2 or p.weight.shape != (p.b.shape[1], p.a.shape[0]):

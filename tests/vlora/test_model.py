@@ -22,7 +22,7 @@ from model.loading import ModelError
 from model.vlm import build_model
 from tests.train import world
 from tests.vlora.conftest import make_folder, square
-from train.data.collate import Piece, collate
+from train.data.collate import EncodedSample, collate
 from vlora import folder as folders
 from vlora.chat_templates import chat_template
 
@@ -62,7 +62,11 @@ def test_a_folder_answers_as_the_training_model_and_survives_saving(parts, tmp_p
     reference.eval()
     text = processor.text
     rows = [text.encode([{"role": "user", "content": q}, {"role": "assistant", "content": "red"}]) for q in (QUESTION,)]
-    pieces = [Piece("here", [RED], rows), Piece("there", [RED, BLUE], rows), Piece("text", [], rows)]
+    pieces = [
+        EncodedSample("here", [RED], rows),
+        EncodedSample("there", [RED, BLUE], rows),
+        EncodedSample("text", [], rows),
+    ]
     batch = collate(pieces, processor.image_processor.pixels, text.pad_id, left=True).to("cpu", model.dtype)
     with torch.no_grad():
         expected = reference(batch)

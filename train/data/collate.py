@@ -34,7 +34,7 @@ class Text:
 
 
 @dataclass
-class Piece:
+class EncodedSample:
     """One sample of a micro-batch: where it lies (for messages), its images and its encoded rows."""
 
     where: str
@@ -42,17 +42,17 @@ class Piece:
     rows: list[Encoded] = field(default_factory=list)
 
 
-def encode_sample(text: Text, sample: Sample, chosen: list[int], where: str) -> tuple[Piece, int]:
+def encode_sample(text: Text, sample: Sample, chosen: list[int], where: str) -> tuple[EncodedSample, int]:
     """The chosen dialogues of a sample as rows, and how many were dropped as too long.
 
     Raises:
         DataError: naming shard and sample: a dialogue is too long under `on_too_long=fail`, or has no target.
     """
-    piece, dropped = Piece(where, sample.images), 0
+    encoded, dropped = EncodedSample(where, sample.images), 0
     for number in chosen:
         dialogue = sample.conversations[number]
         try:
-            piece.rows.append(text.encoder(dialogue).encode(dialogue, len(sample.images)))
+            encoded.rows.append(text.encoder(dialogue).encode(dialogue, len(sample.images)))
         except TooLongError as error:
             if text.on_too_long == "fail":
                 raise DataError(
@@ -61,14 +61,16 @@ def encode_sample(text: Text, sample: Sample, chosen: list[int], where: str) -> 
             dropped += 1
         except DataError as error:
             raise DataError(f"{where}, dialogue {number}: {error}") from error
-    return piece, dropped
+    return encoded, dropped
 
 
-def collate(pieces: list[Piece], image: ImageInput, pad_id: int, left: bool = False, multiple: int = 1) -> Batch:
+def collate(
+    samples: list[EncodedSample], image: ImageInput, pad_id: int, left: bool = False, multiple: int = 1
+) -> Batch:
     """One micro-batch.
 
     Args:
-        pieces: Its samples, in order; possibly none.
+        samples: Its samples, in order; possibly none.
         image: What image files become.
         pad_id: Token id of padding (masked by length, so it may be a real token's).
         left: Pad on the left (generation) instead of the right.
@@ -77,7 +79,7 @@ def collate(pieces: list[Piece], image: ImageInput, pad_id: int, left: bool = Fa
     Raises:
         DataError: naming shard and sample of an unreadable image.
     """
-    rows = [row for piece in pieces for row in piece.rows]
+    rows = [row for encoded in samples for row in encoded.rows]
     # Everything dropped: one padding row without targets, so that this rank still takes its part in the step.
     rows = rows or [Encoded([pad_id], [IGNORE])]
     length = -(-max(len(row.input_ids) for row in rows) // multiple) * multiple
@@ -95,16 +97,16 @@ def collate(pieces: list[Piece], image: ImageInput, pad_id: int, left: bool = Fa
         for place in row.slots:
             slots[number, start + place] = True
             mask[number, start + place] = 0
-    row_to_sample = [number for number, piece in enumerate(pieces) for _ in piece.rows] or [0]
+    row_to_sample = [number for number, encoded in enumerate(samples) for _ in encoded.rows] or [0]
     views, image_to_sample = [], []
     counts: list[list[int]] = []  # views of each image of each sample
-    for number, piece in enumerate(pieces):
+    for number, encoded in enumerate(samples):
         counts.append([])
-        for data in piece.images:
+        for data in encoded.images:
             try:
                 found = image.read(data)
             except Exception as error:  # whatever a decoder raises, the sample is named
-                raise DataError(f"{piece.where}: {error or type(error).__name__}") from error
+                raise DataError(f"{encoded.where}: {error or type(error).__name__}") from error
             views += found
             counts[number].append(len(found))
             image_to_sample += [number] * len(found)
@@ -116,7 +118,7 @@ def collate(pieces: list[Piece], image: ImageInput, pad_id: int, left: bool = Fa
         images=image.batch(views) if views else image.dummy(),
         image_to_sample=torch.tensor(image_to_sample or [0], dtype=torch.int64),
         image_weight=torch.full((max(1, len(image_to_sample)),), float(bool(views))),
-        n_samples=max(1, len(pieces)),
+        n_samples=max(1, len(samples)),
         slots=slots if any(row.slots for row in rows) else None,
         image_at=_image_at(rows, [counts[s] if counts else [] for s in row_to_sample], length if left else None),
     )

@@ -29,7 +29,7 @@ from data_prep.store.split import Split
 from data_prep.text.encoder import TextEncoder
 from model.batch import IGNORE, Batch
 from train.data.batching import Batching, deal_by_tokens
-from train.data.collate import Piece, Text, collate, encode_sample
+from train.data.collate import EncodedSample, Text, collate, encode_sample
 from train.data.config import DataConfig
 from train.data.order import Draws, MixtureOrder, Permutation, draw_dialogues
 from train.process.signals import SIGNALS
@@ -132,18 +132,18 @@ class _Steps(Dataset):
         batches, dropped, corrupt = [], 0, {}
         try:
             for draws in self.deal(step):
-                pieces = []
+                encoded = []
                 for source, sample, epoch in draws:
                     try:
-                        piece, cut = self._encode(self.splits[source][sample], source, sample, epoch)
+                        encoded_sample, cut = self._encode(self.splits[source][sample], source, sample, epoch)
                     except CorruptShardError as error:
                         if self.config.on_corrupt_shard == "fail":
                             raise
                         corrupt[error.file] = error
                         continue
-                    pieces.append(piece)
+                    encoded.append(encoded_sample)
                     dropped += cut
-                batches.append(collate(pieces, self.image, pad_id, multiple=multiple))
+                batches.append(collate(encoded, self.image, pad_id, multiple=multiple))
         except DataError as error:
             # As a value: raised in a worker process it would arrive wrapped in that process's traceback.
             return _Step([], error=str(error))
@@ -163,14 +163,14 @@ class _Steps(Dataset):
     def _tokens(self, source: int, sample: int, epoch: int, images: int) -> int:
         """Of a sample that may be another rank's, so its images are not read; 0 where its shard is left out."""
         try:
-            piece, _ = self._encode(self.splits[source].text(sample), source, sample, epoch)
+            encoded_sample, _ = self._encode(self.splits[source].text(sample), source, sample, epoch)
         except CorruptShardError:
             if self.config.on_corrupt_shard == "fail":
                 raise
             return 0
-        return sum(len(row.input_ids) + images * self.image_tokens for row in piece.rows)
+        return sum(len(row.input_ids) + images * self.image_tokens for row in encoded_sample.rows)
 
-    def _encode(self, content: Sample, source: int, sample: int, epoch: int) -> tuple[Piece, int]:
+    def _encode(self, content: Sample, source: int, sample: int, epoch: int) -> tuple[EncodedSample, int]:
         split = self.splits[source]
         wanted = self.config.dialogues_per_sample
         chosen = draw_dialogues(len(content.conversations), wanted, self.seed, source, sample, epoch)
@@ -523,7 +523,7 @@ class EvalLoader:
             yield self._batch(self._batches[0][:1] if filler else self._batches[number], filler)
 
     def _batch(self, chosen: list[tuple[int, list[int]]], filler: bool) -> EvalBatch:
-        pieces, items, encoders = [], [], []
+        encoded, items, encoders = [], [], []
         for position, dialogues in chosen:
             sample = self.split[position]
             if self._partner is not None:
@@ -532,20 +532,20 @@ class EvalLoader:
                 sample.images = []
             where = f"{self.split.shard_of(position)}: sample {sample.id}"
             if self.prompts:
-                piece = Piece(where, sample.images)
+                encoded_sample = EncodedSample(where, sample.images)
                 for dialogue in (sample.conversations[d] for d in dialogues):
-                    piece.rows.append(self.text.encoder(dialogue).prompt(dialogue, len(sample.images)))
+                    encoded_sample.rows.append(self.text.encoder(dialogue).prompt(dialogue, len(sample.images)))
             else:
-                piece, dropped = encode_sample(self.text, sample, dialogues, where)
+                encoded_sample, dropped = encode_sample(self.text, sample, dialogues, where)
                 if dropped:
                     raise DataError(f"{where}: a dialogue is too long to be evaluated; raise data.max_length")
-            pieces.append(piece)
+            encoded.append(encoded_sample)
             for d in dialogues:
                 encoders.append(self.text.encoder(sample.conversations[d]))
                 user = [turn["content"] for turn in sample.conversations[d] if turn["role"] == "user"]
                 reference = sample.references[d] if sample.references else None
                 items.append(EvalItem(sample.id, d, user[-1], sample.conversations[d][-1]["content"], reference))
-        batch = collate(pieces, self.image, self.text.dialogue.pad_id, left=self.prompts)
+        batch = collate(encoded, self.image, self.text.dialogue.pad_id, left=self.prompts)
         if filler:
             batch.labels = torch.full_like(batch.labels, IGNORE)
             items = []

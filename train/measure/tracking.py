@@ -13,7 +13,6 @@ from common.files import DamagedFile, read_text, write_atomically
 from train.config import RunConfig, TrackingConfig
 from train.process.run_files import RunDir
 
-METRICS = "metrics.jsonl"
 _REMEDY = "restore it, or remove it: the run does not need it, only its report does"
 
 
