@@ -380,10 +380,7 @@ class TrainLoader:
             step = next(self._iterator)
         if step.error is not None:
             raise DataError(step.error)
-        if step.dropped:
-            if not self.dropped:
-                log.warning("dialogues longer than data.max_length=%s are left out", self.config.max_length)
-            self.dropped += step.dropped
+        self.dropped += step.dropped
         for problem in step.corrupt:
             if problem.file not in self.corrupt:
                 log.warning("%s; its %d samples are left out of the run", problem, problem.samples)

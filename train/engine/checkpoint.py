@@ -53,6 +53,7 @@ class Progress:
         samples, tokens, targets: Seen so far, all ranks.
         seconds: Training time of all lifetimes.
         skipped: Steps skipped for a non-finite gradient.
+        dropped: Dialogues left out as too long, all ranks.
     """
 
     step: int = 0
@@ -62,6 +63,7 @@ class Progress:
     targets: int = 0
     seconds: float = 0.0
     skipped: int = 0
+    dropped: int = 0
 
 
 def save(engine: Engine, run_dir: Path, progress: Progress, identity: dict[str, str], keep: int) -> Path:

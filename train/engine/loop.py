@@ -110,6 +110,7 @@ class Loop:
         progress.samples += self.stage.config.data.batch_size
         progress.tokens += counts.tokens
         progress.targets += counts.targets
+        progress.dropped += counts.dropped
         progress.seconds += trained.seconds
         progress.skipped += not trained.result.applied
         record = self.recorder.record(trained, progress, self.stage.engine.device)
@@ -120,10 +121,11 @@ class Loop:
     def _train(self) -> Trained:
         started = time.perf_counter()
         engine, device, step = self.stage.engine, self.stage.engine.device, self.stage.progress.step + 1
+        loader = self.stage.loader
         with self.timer.phase("data"):
-            batches = next(self.stage.loader)
+            dropped_before, batches = loader.dropped, next(loader)
         # One message per step crosses the ranks before the first backward: how many targets the mean is over.
-        counts = Counts.of(batches, device)
+        counts = Counts.of(batches, loader.dropped - dropped_before, device)
         if counts.targets == 0:
             raise UserError(f"step {step} has no target token on any rank; look at data.on_too_long")
         rates = engine.learning_rates()
@@ -145,7 +147,7 @@ class Loop:
         loss, positions, computed = distributed.reduce([loss, positions, computed], device)
         loss /= counts.targets
         if not (self._began or math.isfinite(loss)):
-            cause = finite.explain(engine, batches, self.stage.loader.samples(step - 1))
+            cause = finite.explain(engine, batches, loader.samples(step - 1))
             raise UserError(f"the first loss, of step {step}, is {loss}: {cause}")
         self._began = True
         seconds = time.perf_counter() - started

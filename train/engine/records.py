@@ -31,6 +31,7 @@ class Counts:
         padded: Positions of the text rows, padding included.
         rows: Text rows.
         images: Images, dummies not counted.
+        dropped: Dialogues left out as too long.
     """
 
     targets: int
@@ -38,16 +39,18 @@ class Counts:
     padded: int
     rows: int
     images: int
+    dropped: int
 
     @classmethod
-    def of(cls, batches: list[Batch], device: torch.device) -> Counts:
-        """Count this step's micro-batches. Collective: one message for all five."""
+    def of(cls, batches: list[Batch], dropped: int, device: torch.device) -> Counts:
+        """Count this step's micro-batches. Collective: one message for all six."""
         own = [
             sum(b.n_targets for b in batches),
             sum(int(b.attention_mask.sum()) for b in batches),
             sum(b.attention_mask.numel() for b in batches),
             sum(len(b.input_ids) for b in batches),
             sum(int(b.image_weight.sum()) for b in batches),
+            dropped,
         ]
         return cls(*(int(n) for n in distributed.reduce(own, device)))
 
@@ -92,6 +95,7 @@ class Recorder:
     def __init__(self, config: RunConfig, total_steps: int, flops: FlopCounter, base_norms: dict[Site, float]) -> None:
         self.tracking, self.batch_size, self.total_steps = config.tracking, config.data.batch_size, total_steps
         self.flops, self.base_norms = flops, base_norms
+        self.max_length, self._told = config.data.max_length, False
 
     def record(self, trained: Trained, progress: Progress, device: torch.device) -> dict[str, Any]:
         """The record of the step that `progress` has just counted; the same on all ranks. Collective."""
@@ -106,12 +110,18 @@ class Recorder:
             "samples_per_s": self.batch_size / seconds,
             "tokens_per_s": counts.tokens / seconds,
             "seconds": progress.seconds,
+            "dropped_dialogues": progress.dropped,
             "supervised_fraction": counts.targets / counts.tokens,
             "padding_fraction": trained.padding,
             "padding_fraction_of_rows": 1 - counts.tokens / counts.padded,  # what it is without llm.pack_tokens
             **{f"lr/{name}": value for name, value in trained.rates.items()},
             **{f"time/{name}": value for name, value in trained.phases.items()},
         }
+        if counts.dropped and not self._told:
+            warn(
+                f"dialogues longer than data.max_length={self.max_length} are left out; `dropped_dialogues` counts them"
+            )
+            self._told = True
         if not trained.result.applied:
             warn(f"step {step}: gradient norm {trained.result.grad_norm}, step skipped on all ranks")
         weights_due = step == 1 or step % self.tracking.weights_every == 0
