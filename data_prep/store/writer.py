@@ -41,8 +41,9 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / f"{self.stem}.json").unlink(missing_ok=True)
-        for leftover in self.folder.glob(f".{self.stem}.*.tmp"):  # of a task that was killed
-            leftover.unlink()
+        for pattern in (f".{self.stem}.*.tmp", f".{self.stem}.json.*"):  # of a task that was killed
+            for leftover in self.folder.glob(pattern):
+                leftover.unlink()
         self._temporary = self.folder / f".{self.stem}.{os.getpid()}.tmp"
         self._sink = pa.OSFile(str(self._temporary), "wb")
         self._writer = pa.ipc.new_file(self._sink, ARROW)
