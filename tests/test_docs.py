@@ -20,7 +20,9 @@ def test_files_and_links_exist(page):
     named = re.findall(rf"`((?:{ROOMS})/[\w./-]*\w(?:\.\w+)?/?)[`:]", text)
     linked = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
     missing = [
-        name for name in named if "NAME" not in name and name not in MADE_BY_USERS and not (ROOT / name).exists()
+        name
+        for name in named
+        if not re.search("NAME|DEVICE", name) and name not in MADE_BY_USERS and not (ROOT / name).exists()
     ]
     missing += [link for link in linked if not (page.parent / link).exists()]
     assert not missing, f"{page.name} points at what is not there: {missing}"
@@ -51,3 +53,11 @@ def test_the_files_of_a_run_directory_are_those_of_the_readme():
     assert named < listed
     shell = (ROOT / "slurm/body.sh").read_text()
     assert set(re.findall(r"RUN_DIR/([A-Za-z.]+)", shell)) <= listed
+
+
+def test_every_environment_variable_stands_in_the_table():
+    rooms = ("common", "model", "data_prep", "vlora", "train", "serve", "slurm", "conf")
+    files = [f for room in rooms for f in (ROOT / room).rglob("*") if f.suffix in (".py", ".sh", ".sbatch", ".yaml")]
+    read = {name for file in files for name in re.findall(r"VLORA_[A-Z][A-Z_]*", file.read_text())}
+    listed = re.findall(r"^\| `(VLORA_\w+)`", (ROOT / "docs/environment.md").read_text(), re.MULTILINE)
+    assert sorted(read) == sorted(listed)
