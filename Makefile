@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv demo compare kernels gpu gpu-wheels sweep test chaos test-slurm check clean
+.PHONY: help venv demo compare kernels gpu gpu-wheels wheelhouse zoo sweep test chaos test-slurm check clean
 
 help:                             ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -50,6 +50,10 @@ gpu-wheels: $(VENV)/.installed    ## what a GPU machine without internet lacks, 
 zoo: $(VENV)/.test-installed      ## every model family tried, docs/models.md written anew (ARGS="granite clip_vision_model")
 	$(BIN)/python -m benchmarks.zoo --write $(ARGS)
 
+# There: PIP_NO_INDEX=1 PIP_FIND_LINKS=wheelhouse make venv. In a container: WHEELHOUSE=wheelhouse containers/install.sh.
+wheelhouse: $(VENV)/.installed    ## every package as a file, for machines without internet
+	DS_BUILD_OPS=0 $(BIN)/python -m pip wheel --quiet --no-build-isolation -w wheelhouse -r requirements-dev.txt
+
 sweep: $(VENV)/.installed         ## a 2 x 2 sweep over rank and blocks with the tiny LLM, and its report
 	$(BIN)/python -m data_prep.parts
 	$(BIN)/python -m data_prep source=easy_vqa
@@ -64,7 +68,7 @@ check: $(VENV)/.installed         ## lint, format and types: what must pass befo
 	$(BIN)/python -m mypy
 
 clean:                            ## remove the environment, caches and outputs
-	rm -rf $(VENV) .gpu-wheels .cache .pytest_cache .ruff_cache .mypy_cache outputs multirun
+	rm -rf $(VENV) .gpu-wheels wheelhouse .cache .pytest_cache .ruff_cache .mypy_cache outputs multirun
 
 # torch first: DeepSpeed's build looks for it.
 $(VENV)/.installed: requirements.txt requirements-dev.txt

@@ -23,13 +23,16 @@ def run(path: Path) -> int:
 
     from train.config import load
     from train.engine.stage import run_stage
-    from train.process import distributed
+    from train.process import distributed, watchdog
 
     files = RunDir(path)
     config = load(files.config)
+    minutes = config.engine.hang_minutes
+    watchdog.record_nccl(path)
     device = distributed.init(config.engine.timeout_minutes)
     try:
-        finished = run_stage(config, path, device, stop)
+        with watchdog.Watchdog(path, distributed.rank(), minutes and 60 * minutes):
+            finished = run_stage(config, path, device, stop)
         if distributed.rank() == 0:
             write_atomically(files.done if finished else files.stopped, f"{stop.reason or 'finished'}\n")
         distributed.barrier()

@@ -149,9 +149,12 @@ def _liger_norm(x: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
 def _apex_norm(x: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
     from apex.normalization.fused_layer_norm import fused_rms_norm_affine
 
+    # `memory_efficient`: the backward pass computes the input back from the output, which the next layer keeps anyway.
     if offset:
-        return fused_rms_norm_affine(x.float(), weight.float() + offset, weight.shape, eps).to(x.dtype)
-    return fused_rms_norm_affine(x, weight, weight.shape, eps)
+        return fused_rms_norm_affine(x.float(), weight.float() + offset, weight.shape, eps, memory_efficient=True).to(
+            x.dtype
+        )
+    return fused_rms_norm_affine(x, weight, weight.shape, eps, memory_efficient=True)
 
 
 _NORMS: dict[str, Callable[..., Tensor]] = {"torch": _torch_norm, "liger": _liger_norm, "apex": _apex_norm}

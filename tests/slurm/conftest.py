@@ -144,6 +144,7 @@ def site(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Site:
             f"checkpoint.every={EVERY}",
             "++tracking.weights_every=1000",
             "engine.timeout_minutes=5",
+            "engine.hang_minutes=1",
         ),
     ]
     return Site(cluster, folder, overrides, {"VLORA_SITE": str(profile), "HF_HUB_OFFLINE": "1"})

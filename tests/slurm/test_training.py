@@ -158,6 +158,16 @@ class TestOneRunInterruptedInEveryWay:
         assert len((interrupted.run / "crashes").read_text().splitlines()) == 1
 
     @pytest.mark.slow
+    def test_one_rank_stands_still(self, site: Site, interrupted: Interrupted) -> None:
+        """Reported with the stacks of its host's ranks in the configured time (conftest: one minute), and requeued."""
+        with interrupted.restart():
+            (victim,) = [p for p in workers(interrupted.run) if environment(p).get("SLURM_PROCID") == "1"]
+            os.kill(victim, signal.SIGSTOP)
+            assert wait(lambda: not workers(interrupted.run), 150)
+        assert "did not move for" in site.log(interrupted.job)
+        assert any(file.stat().st_size for file in (interrupted.run / "hang").glob("stacks-rank-0-*.txt"))
+
+    @pytest.mark.slow
     def test_node_down(self, site: Site, interrupted: Interrupted) -> None:
         with interrupted.restart():
             site.cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")

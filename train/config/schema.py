@@ -138,6 +138,9 @@ class EngineConfig:
         reduce_dtype: What gradients are rounded to while they cross the ranks, `fp32` or `bf16`; null: `precision`.
         offload_optimizer: Keep optimizer state in host memory.
         timeout_minutes: A collective that takes longer ends the run.
+        hang_minutes: A rank that has not moved for so long, once it has trained, has all ranks write their stacks to
+            `RUN_DIR/hang`, and the run ends as after a crash (a cluster requeues it); null: not watched. Shorter than
+            `timeout_minutes`, longer than the slowest step, answer or checkpoint.
         max_skipped_steps: Consecutive steps with a non-finite gradient after which the run ends.
         deterministic: Deterministic algorithms only.
     """
@@ -158,6 +161,7 @@ class EngineConfig:
     sub_group_size: int = setting(1_000_000_000, within=_ELEMENTS)
     offload_optimizer: bool = False
     timeout_minutes: float = setting(30.0, within="[0.1, 1e5]")
+    hang_minutes: float | None = setting(20.0, within="[0.02, 1e5]")
     max_skipped_steps: int = setting(5, within=_COUNT)
     deterministic: bool = True
 

@@ -19,6 +19,7 @@ from common.errors import UserError
 from model.decoder.injection import SharedInput
 from model.vlm import VisionLanguageModel
 from train.config import OptimConfig, RunConfig, StageConfig
+from train.process import watchdog
 
 
 def deepspeed_config(config: RunConfig, world_size: int, accumulation: int) -> dict[str, Any]:
@@ -238,6 +239,7 @@ class Engine:
 
     def forward(self, batch: Any) -> Any:
         """The model's forward with ZeRO's hooks around it."""
+        watchdog.beat()
         return self._ds(batch)
 
     def backward(self, loss_sum: Tensor, total_targets: int) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from common.errors import UserError
-from train.process import allocator
+from train.process import allocator, watchdog
 
 # torchrun's names and SLURM's for the same things; torchrun's win, so one program serves both.
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
@@ -101,7 +101,9 @@ def reduce(values: Sequence[float], device: torch.device, op: str = "sum") -> li
         return list(values)
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor, op=getattr(dist.ReduceOp, op.upper()))
-    return tensor.tolist()
+    reduced: list[float] = tensor.tolist()
+    watchdog.beat()
+    return reduced
 
 
 def gather(value: Any) -> list[Any]:

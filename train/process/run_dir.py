@@ -30,6 +30,7 @@ _MAY_CHANGE = {
     "data.root", "data.expected_length", "data.num_workers", "data.prefetch", "data.on_corrupt_shard",
     "llm.path", "vision.path",  # compared by fingerprint
     "engine.micro_batch_size", "engine.gradient_checkpointing", "engine.memory_gib", "engine.timeout_minutes",
+    "engine.hang_minutes",
 }  # fmt: skip
 _NAMES = RunDir(Path())
 # What a directory may hold whose making was cut short.

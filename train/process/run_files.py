@@ -30,6 +30,7 @@ class RunDir:
     | `DONE` | the stage has finished and its export is written |
     | `FAILED` | why a job gave up (on a cluster) |
     | `crashes` | one line per crash (on a cluster) |
+    | `hang/` | after a hang: where every rank stood |
     """
 
     path: Path
@@ -48,6 +49,11 @@ class RunDir:
     def diff(self) -> Path:
         """Uncommitted changes of the code."""
         return self.path / "git.diff"
+
+    @property
+    def hang(self) -> Path:
+        """Where every rank stood in a hang."""
+        return self.path / "hang"
 
     @property
     def facts(self) -> Path:
