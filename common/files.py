@@ -109,6 +109,15 @@ def read_json(file: Path, remedy: str) -> dict[str, Any]:
     return value
 
 
+def made_before_checksums(file: Path) -> bool:
+    """Whether a JSON file is one of release 0.1.0, which wrote no checksums; False where it is missing or no JSON."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(value, dict) and _CHECKSUM not in value
+
+
 def read_text(file: Path, remedy: str) -> str:
     """A small UTF-8 file.
 

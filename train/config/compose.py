@@ -16,12 +16,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from common import options, settings
 from common.errors import ConfigError
-from common.files import DamagedFile, read_text, text_checksum, write_atomically
+from common.files import DamagedFile, made_before_checksums, read_text, text_checksum, write_atomically
 from model.config import MovedTo
 from train.config import presets
 from train.config.check import validate
 from train.config.models import located
 from train.config.schema import RunConfig
+from train.process.run_files import RunDir
 
 _CHECKSUM = "# checksum: "
 # The schema is the first entry of conf/config.yaml's defaults, so every key can be set on the command line, typed.
@@ -72,10 +73,13 @@ def read(path: Path, llm: MovedTo | None = None, vision: MovedTo | None = None) 
     if not path.exists():
         raise ConfigError(f"{path}: no such file; is this a run directory?")
     remedy = "restore it, or remove it: started again with its own overrides the run writes it anew"
-    text, mark, written = read_text(path, remedy).rpartition(_CHECKSUM)
+    content = read_text(path, remedy)
+    text, mark, written = content.rpartition(_CHECKSUM)
     if not mark:
-        raise DamagedFile(f"{path} is damaged: its last line, the checksum, is missing; {remedy}")
-    if written.strip() != text_checksum(text):
+        if not made_before_checksums(RunDir(path.parent).record):
+            raise DamagedFile(f"{path} is damaged: its last line, the checksum, is missing; {remedy}")
+        text = content
+    elif written.strip() != text_checksum(text):
         raise DamagedFile(f"{path} is damaged: it is not what was written (checksum); {remedy}")
     if "${" in text:  # what `save` writes is resolved; this would read the environment of whoever runs it
         raise DamagedFile(f"{path} refers to something outside it (${{...}}), which this program writes not; {remedy}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from pathlib import Path
 
@@ -136,3 +137,16 @@ def test_a_damaged_configuration_is_one_line(config: RunConfig, content: bytes |
         file.write_bytes(content)
     with pytest.raises(UserError, match=r"config\.yaml .*; restore it, or remove it"):
         configuration.load(file)
+
+
+def test_a_configuration_without_its_checksum_is_cut_unless_the_run_is_older_than_checksums(config):
+    run = run_dir.create(config)
+    file = run / "config.yaml"
+    text = file.read_text()
+    file.write_text(text.rpartition("# checksum")[0])
+    with pytest.raises(UserError, match="config.yaml is damaged: its last line, the checksum, is missing"):
+        configuration.read(file)
+    record = json.loads((run / "run.json").read_text())
+    del record["checksum"]  # as release 0.1.0 wrote it
+    (run / "run.json").write_text(json.dumps(record))
+    assert configuration.read(file).stage.steps == 10
