@@ -70,6 +70,11 @@ def validate(config: RunConfig) -> None:
         f"data.tokens_per_micro_batch={tokens}: a changing number of micro-steps needs engine.zero_stage=3",
     )
     check(
+        engine.precision != "bf16" or engine.zero_stage > 0,
+        "engine.precision=bf16 adds gradients up in fp32, which DeepSpeed does from engine.zero_stage=1 on; set that, or "
+        "engine.precision=fp32",
+    )
+    check(
         not (engine.offload_optimizer and optim.name != "deepspeed_cpu_adam"),
         f"engine.offload_optimizer=true needs optim.name=deepspeed_cpu_adam, not {optim.name}",
     )

@@ -83,6 +83,12 @@ def test_mistakes_are_named(override, message):
     assert "\n" not in str(caught.value)
 
 
+def test_bf16_needs_sharded_optimizer_state():
+    with pytest.raises(ConfigError, match=r"engine\.precision=bf16 .*engine\.zero_stage=1"):
+        composed("engine.precision=bf16", "engine.zero_stage=0")
+    assert composed("engine.precision=bf16", "engine.zero_stage=1").engine.zero_stage == 1
+
+
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash_attn is installed")
 def test_flash_attention_without_its_package_is_refused_before_anything_is_loaded():
     with pytest.raises(ConfigError, match=r"flash_attn is not installed.*llm\.attn_implementation=sdpa"):
