@@ -71,7 +71,7 @@ def validate(config: RunConfig) -> None:
     )
     check(
         engine.precision != "bf16" or engine.zero_stage > 0,
-        "engine.precision=bf16 adds gradients up in fp32, which DeepSpeed does from engine.zero_stage=1 on; set that, or "
+        "engine.precision=bf16 adds gradients up in fp32, which DeepSpeed does from engine.zero_stage=1 on; set it, or "
         "engine.precision=fp32",
     )
     check(

@@ -3,18 +3,10 @@
 from data_prep.store.pixels import PixelPreprocessor, load_preprocessor, most_views
 from train.data.collate import Text
 from train.data.config import DataConfig, SourceConfig
+from train.data.evaluation import EvalBatch, EvalItem, EvalLoader
 from train.data.features import FeatureCache, ensure_feature_cache
-from train.data.loader import (
-    EvalBatch,
-    EvalItem,
-    EvalLoader,
-    TrainLoader,
-    is_prepared,
-    loader_errors,
-    make_text,
-    open_split,
-    open_train_split,
-)
+from train.data.loader import TrainLoader, loader_errors
+from train.data.splits import is_prepared, make_text, open_split, open_train_split
 
 __all__ = [
     "DataConfig",

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -137,7 +138,6 @@ def ensure_feature_cache(
     Raises:
         DataError: an image cannot be read (naming shard and sample), or no room on disk.
     """
-    torch_dtype, numpy_dtype = DTYPES[dtype]
     for problem in [problem for split in splits for problem in split.corrupt().values()] if rank == 0 else ():
         log.warning("%s; its %d samples are left out of the feature cache", problem, problem.samples)
     keys = np.unique(np.concatenate([np.empty(0, "<u8"), *map(split_keys, splits)]))
@@ -161,14 +161,40 @@ def ensure_feature_cache(
     blank = torch.zeros(1, 3, pixels.size, pixels.size)
     shape = (len(keys), *encode(blank).shape[1:])  # on every rank alike: ZeRO-3 gathers weights in it
     if rank == 0:
-        _allocate(working, shape, np.dtype(numpy_dtype))
+        _allocate(working, shape, np.dtype(DTYPES[dtype][1]))
     barrier()
+    part = range(len(keys) * rank // world_size, len(keys) * (rank + 1) // world_size)
+    calls = _encode_part(
+        working, _batches(splits, keys[part.start : part.stop], pixels, batch_size), encode, dtype, part
+    )
+    largest = -(-len(keys) // world_size)
+    for _ in range(-(-largest // batch_size) - calls):  # as many calls as the rank with most images
+        encode(blank)
+    barrier()
+    if rank == 0:
+        meta = {"dtype": dtype, "shape": list(shape), "vision": vision_fingerprint, "pixels": pixels.fingerprint}
+        _publish(working, target, keys, meta)
+    barrier()
+    return FeatureCache(target)
+
+
+def _encode_part(
+    working: Path,
+    batches: Iterator[tuple[np.ndarray, Tensor, list[str]]],
+    encode: Callable[[Tensor], Tensor],
+    dtype: str,
+    part: range,
+) -> int:
+    """Fill a rank's part of the shared files; returns how often `encode` was called.
+
+    Raises:
+        DataError: features that are not finite; names shard and sample.
+    """
     features, checksums = (
         np.load(working / name, mmap_mode="r+", allow_pickle=False) for name in ("features.npy", "checksums.npy")
     )
-    mine = keys[len(keys) * rank // world_size : len(keys) * (rank + 1) // world_size]
-    first, calls = len(keys) * rank // world_size, 0
-    for at, stack, names in _batches(splits, mine, pixels, batch_size):
+    torch_dtype, calls = DTYPES[dtype][0], 0
+    for at, stack, names in batches:
         out = encode(stack).detach().to("cpu", torch_dtype).contiguous()
         if not (sound := out.isfinite().flatten(1).all(1)).all():
             raise DataError(
@@ -176,35 +202,26 @@ def ensure_feature_cache(
                 "(vision.path) are damaged, or a value overflows"
             )
         rows = (out.view(torch.uint16) if torch_dtype is torch.bfloat16 else out).numpy()
-        features[first + at] = rows
-        checksums[first + at] = [_checksum(row) for row in rows]
+        features[part.start + at] = rows
+        checksums[part.start + at] = [_checksum(row) for row in rows]
         calls += 1
-    largest = -(-len(keys) // world_size)
-    for _ in range(-(-largest // batch_size) - calls):  # as many calls as the rank with most images
-        encode(blank)
     features.flush()
     checksums.flush()
-    barrier()
-    if rank == 0:
-        np.save(working / "keys.npy", keys)
-        meta = {
-            "dtype": dtype,
-            "images": len(keys),
-            "shape": list(shape),
-            "vision": vision_fingerprint,
-            "pixels": pixels.fingerprint,
-            "files": seal(working, ["keys.npy", "checksums.npy"]),
-        }
-        sync(working / "features.npy")
-        write_json(working / META, meta)
-        try:
-            working.rename(target)
-        except OSError:
-            if not (target / META).is_file():
-                raise
-            shutil.rmtree(working)  # another run was faster
-    barrier()
-    return FeatureCache(target)
+    return calls
+
+
+def _publish(working: Path, target: Path, keys: np.ndarray, meta: dict[str, Any]) -> None:
+    """Give a cache that all ranks have filled its keys, its record and its name."""
+    np.save(working / "keys.npy", keys)
+    meta |= {"images": len(keys), "files": seal(working, ["keys.npy", "checksums.npy"])}
+    sync(working / "features.npy")
+    write_json(working / META, meta)
+    try:
+        working.rename(target)
+    except OSError:
+        if not (target / META).is_file():
+            raise
+        shutil.rmtree(working)  # another run was faster
 
 
 def _allocate(working: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:

@@ -1,4 +1,4 @@
-"""Training and evaluation loaders over prepared splits."""
+"""The training loader: endless steps, in loader processes or in the rank itself."""
 
 from __future__ import annotations
 
@@ -10,171 +10,29 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from common import settings
 from common.files import digest
 from data_prep.store.errors import CorruptShardError, DataError
-from data_prep.store.manifest import MANIFEST
 from data_prep.store.pixels import ImageInput
-from data_prep.store.sample import Reference, Sample
-from data_prep.store.split import Split
-from data_prep.text.encoder import TextEncoder
-from model.batch import IGNORE, Batch
-from train.data.batching import Batching, deal_by_tokens
-from train.data.collate import EncodedSample, Text, collate, encode_sample
+from model.batch import Batch
+from train.data.batching import Batching
 from train.data.config import DataConfig
-from train.data.order import Draws, MixtureOrder, Permutation, draw_dialogues
+from train.data.order import MixtureOrder
+from train.data.splits import make_text, open_train_split
+from train.data.steps import Sizes, Step, Steps
 from train.process.signals import SIGNALS
 
 log = logging.getLogger(__name__)
 
 GPU_WORKERS = 4
 """Loader processes of a rank with a GPU, if nothing else is said (docs/loader.md, "Workers, memory, faults")."""
-
-
-def open_split(config: DataConfig, path: str, whole: bool = True) -> Split:
-    """A split named in the configuration; `whole` as in `Split`.
-
-    Raises:
-        DataError: it is not prepared or not whole.
-    """
-    return Split(Path(config.root) / path, whole)
-
-
-def is_prepared(config: DataConfig, path: str) -> bool:
-    """Whether a split named in the configuration is on this machine."""
-    return (Path(config.root) / path / MANIFEST).is_file()
-
-
-def open_train_split(config: DataConfig, path: str) -> Split:
-    """A split to train on: whole, unless `data.on_corrupt_shard` says that it may lose shards.
-
-    Raises:
-        DataError: it is not prepared or not whole.
-    """
-    return open_split(config, path, config.on_corrupt_shard == "fail")
-
-
-def make_text(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """Text encoders of the configuration.
-
-    Raises:
-        DataError: a template that does not go with the tokenizer.
-    """
-    caption = config.caption_template
-    return Text(
-        TextEncoder(tokenizer, config.template, config.max_length, config.compat == "official"),
-        TextEncoder(tokenizer, caption, config.max_length, config.compat == "official") if caption else None,
-        config.on_too_long,
-    )
-
-
-@dataclass(frozen=True)
-class _Step:
-    """What a worker returns: the micro-batches of a step, or the error that ends the run."""
-
-    batches: list[Batch]
-    dropped: int = 0
-    corrupt: tuple[CorruptShardError, ...] = ()
-    error: str | None = None
-
-
-class _Sizes:
-    """Images and estimated length of drawn samples, from the splits' indices: `batching.Sizes`."""
-
-    def __init__(self, splits: list[Split], dialogues: int | None) -> None:
-        self.splits, self.dialogues = splits, dialogues
-
-    def __call__(self, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
-        images = np.zeros(len(draws.sample), np.int64)
-        characters = np.zeros(len(draws.sample), np.int64)
-        for source in np.unique(draws.source):
-            here = draws.source == source
-            records = self.splits[source].index()[draws.sample[here]]
-            drawn = records["dialogues"].astype(np.int64)
-            if self.dialogues is not None:
-                drawn = np.minimum(drawn, self.dialogues)
-            images[here] = records["images"]
-            characters[here] = records["characters"] * drawn // np.maximum(records["dialogues"], 1)
-        return images, characters
-
-
-class _Steps(Dataset):
-    """Step number -> this rank's micro-batches. Pure, so any process may load any step."""
-
-    def __init__(
-        self,
-        splits: list[Split],
-        batching: Batching,
-        text: Text,
-        image: ImageInput,
-        config: DataConfig,
-        seed: int,
-        rank: int,
-        world_size: int,
-        accumulation: int,
-        image_tokens: int,
-    ) -> None:
-        self.splits, self.batching, self.text, self.image = splits, batching, text, image
-        self.config, self.seed, self.image_tokens = config, seed, image_tokens
-        self.place = rank, world_size, accumulation
-
-    def __getitem__(self, step: int) -> _Step:
-        multiple, pad_id = self.config.pad_to_multiple, self.text.dialogue.pad_id
-        batches, dropped, corrupt = [], 0, {}
-        try:
-            for draws in self.deal(step):
-                encoded = []
-                for source, sample, epoch in draws:
-                    try:
-                        encoded_sample, cut = self._encode(self.splits[source][sample], source, sample, epoch)
-                    except CorruptShardError as error:
-                        if self.config.on_corrupt_shard == "fail":
-                            raise
-                        corrupt[error.file] = error
-                        continue
-                    encoded.append(encoded_sample)
-                    dropped += cut
-                batches.append(collate(encoded, self.image, pad_id, multiple=multiple))
-        except DataError as error:
-            # As a value: raised in a worker process it would arrive wrapped in that process's traceback.
-            return _Step([], error=str(error))
-        return _Step(batches, dropped, tuple(corrupt.values()))
-
-    def deal(self, step: int) -> list[Draws]:
-        """The draws of this rank's micro-batches."""
-        draws = self.batching.step(step)
-        budget = self.config.tokens_per_micro_batch
-        if budget is None:
-            return self.batching.deal(draws, *self.place)
-        images, _ = self.batching.sizes(draws)
-        tokens = np.array([self._tokens(*draw, seen) for draw, seen in zip(draws, images.tolist(), strict=True)])
-        rank, world_size, _ = self.place
-        return [draws.take(ranks[rank]) for ranks in deal_by_tokens(tokens, images, world_size, budget)]
-
-    def _tokens(self, source: int, sample: int, epoch: int, images: int) -> int:
-        """Of a sample that may be another rank's, so its images are not read; 0 where its shard is left out."""
-        try:
-            encoded_sample, _ = self._encode(self.splits[source].text(sample), source, sample, epoch)
-        except CorruptShardError:
-            if self.config.on_corrupt_shard == "fail":
-                raise
-            return 0
-        return sum(len(row.input_ids) + images * self.image_tokens for row in encoded_sample.rows)
-
-    def _encode(self, content: Sample, source: int, sample: int, epoch: int) -> tuple[EncodedSample, int]:
-        split = self.splits[source]
-        wanted = self.config.dialogues_per_sample
-        chosen = draw_dialogues(len(content.conversations), wanted, self.seed, source, sample, epoch)
-        return encode_sample(self.text, content, chosen, f"{split.shard_of(sample)}: sample {content.id}")
 
 
 class _From(Sampler):
@@ -206,7 +64,7 @@ def loader_errors() -> Iterator[None]:
         if "DataLoader worker" not in str(error):
             raise
         raise DataError(
-            f"{error}; if memory ran out, lower data.num_workers or data.prefetch. The run goes on from its newest "
+            f"{error}; if memory ran out, lower data.num_workers or data.prefetch. The run resumes from its newest "
             "checkpoint when it is started again"
         ) from error
 
@@ -273,14 +131,13 @@ class TrainLoader:
             )
         except ValueError as error:
             raise DataError(f"data.train: {error}") from error
-        sizes = _Sizes(self.splits, config.dialogues_per_sample)
+        sizes = Sizes(self.splits, config.dialogues_per_sample)
         self.batching = Batching(self.order, config.batch_size, config.group_by, config.group_window, sizes, seed)
         text = make_text(config, tokenizer)
-        self._steps = _Steps(
-            self.splits, self.batching, text, image, config, seed, rank, world_size, accumulation, image_tokens
-        )
+        place = rank, world_size, accumulation
+        self._steps = Steps(self.splits, self.batching, text, image, config, seed, place, image_tokens)
         self._next = 0
-        self._iterator: Iterator[_Step] | None = None
+        self._iterator: Iterator[Step] | None = None
         self.dropped = 0
         self.corrupt: set[Path] = set()
 
@@ -388,7 +245,7 @@ class TrainLoader:
         self._next += 1
         return step.batches
 
-    def _start(self) -> Iterator[_Step]:
+    def _start(self) -> Iterator[Step]:
         workers = self.workers
         loader = DataLoader(
             self._steps,
@@ -409,141 +266,3 @@ class TrainLoader:
             return iter(loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-@dataclass(frozen=True)
-class EvalItem:
-    """One dialogue to evaluate: its sample, its number in the sample, the user's last text, the wanted answer, and how
-    the data set says that it is scored.
-    """
-
-    sample: str
-    dialogue: int
-    question: str
-    answer: str
-    reference: Reference | None = None
-
-
-@dataclass(frozen=True)
-class EvalBatch:
-    """A batch and, row by row, what it asks and by which encoder; a filler batch (see `EvalLoader`) has no items."""
-
-    batch: Batch
-    items: list[EvalItem]
-    encoders: list[TextEncoder]
-
-
-class EvalLoader:
-    """One pass over a split, in its order: every dialogue exactly once over all ranks.
-
-    All ranks make the same number of steps (ZeRO-3 needs it); a rank that has run out of dialogues gets *filler*
-    batches without items or targets. No question is left out: `data.on_corrupt_shard` is for training.
-
-    Args:
-        split: What to evaluate on.
-        text: Text encoders.
-        image: Pixels or cached features.
-        prompts: Rows end before the last answer and are padded on the left, for generation; else they are training
-            rows, for a loss.
-        rows: At most this many rows per batch, more only if one sample has more.
-        limit: A fixed random choice of this many dialogues instead of all.
-        images: `own`; `shuffled`: every sample gets the images of another one; `none`.
-        seed: Of the choice and of the shuffle.
-        rank, world_size: Of the process group.
-
-    Raises:
-        DataError: `images` is none of these, there is nothing to shuffle, or a shard that is needed is corrupt.
-    """
-
-    def __init__(
-        self,
-        split: Split,
-        text: Text,
-        image: ImageInput,
-        prompts: bool = True,
-        rows: int = 64,
-        limit: int | None = None,
-        images: str = "own",
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        if images not in ("own", "shuffled", "none"):
-            raise DataError(f"images={images}: choose own, shuffled or none")
-        self.split, self.text, self.image, self.prompts, self.images = split, text, image, prompts, images
-        counts = split.index()["dialogues"].astype(np.int64)
-        sample = np.repeat(np.arange(len(split)), counts)
-        dialogue = np.arange(len(sample)) - np.repeat(np.cumsum(counts) - counts, counts)
-        if limit is not None and limit < len(sample):
-            kept = np.sort(Permutation(len(sample), seed, 4)(np.arange(limit)))
-            sample, dialogue = sample[kept], dialogue[kept]
-        self._partner = self._partners(seed) if images == "shuffled" else None
-        self._batches: list[list[tuple[int, list[int]]]] = []
-        free = 0
-        numbers, starts = np.unique(sample, return_index=True)
-        shown = numbers if self._partner is None else np.append(numbers, self._partner[numbers])
-        try:
-            split.check(shown)
-        except CorruptShardError as error:
-            raise DataError(
-                f"{error}. data.on_corrupt_shard=drop is for training: evaluation asks everything"
-            ) from error
-        parts = np.split(dialogue, starts[1:])  # one, empty, where there is nothing to evaluate
-        for number, chosen in zip(numbers, parts, strict=False):
-            chosen = chosen.tolist()
-            if not self._batches or len(chosen) > free:
-                self._batches.append([])
-                free = rows
-            self._batches[-1].append((int(number), chosen))
-            free -= len(chosen)
-        self.steps = -(-len(self._batches) // world_size)
-        self._rank, self._world_size = rank, world_size
-        self.dialogues = len(sample)
-
-    def _partners(self, seed: int) -> np.ndarray:
-        """For every sample another one with images: the next in a random cycle over those that have some."""
-        having = np.flatnonzero(self.split.index()["images"])
-        if len(having) < 2:
-            raise DataError(f"{self.split.folder}: images=shuffled needs at least two samples with images")
-        cycle = having[Permutation(len(having), seed, 5)(np.arange(len(having)))]
-        partner = np.arange(len(self.split))
-        partner[cycle] = np.roll(cycle, 1)
-        return partner
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[EvalBatch]:
-        for step in range(self.steps):
-            number = step * self._world_size + self._rank
-            filler = number >= len(self._batches)
-            yield self._batch(self._batches[0][:1] if filler else self._batches[number], filler)
-
-    def _batch(self, chosen: list[tuple[int, list[int]]], filler: bool) -> EvalBatch:
-        encoded, items, encoders = [], [], []
-        for position, dialogues in chosen:
-            sample = self.split[position]
-            if self._partner is not None:
-                sample.images = self.split[int(self._partner[position])].images
-            elif self.images == "none":
-                sample.images = []
-            where = f"{self.split.shard_of(position)}: sample {sample.id}"
-            if self.prompts:
-                encoded_sample = EncodedSample(where, sample.images)
-                for dialogue in (sample.conversations[d] for d in dialogues):
-                    encoded_sample.rows.append(self.text.encoder(dialogue).prompt(dialogue, len(sample.images)))
-            else:
-                encoded_sample, dropped = encode_sample(self.text, sample, dialogues, where)
-                if dropped:
-                    raise DataError(f"{where}: a dialogue is too long to be evaluated; raise data.max_length")
-            encoded.append(encoded_sample)
-            for d in dialogues:
-                encoders.append(self.text.encoder(sample.conversations[d]))
-                user = [turn["content"] for turn in sample.conversations[d] if turn["role"] == "user"]
-                reference = sample.references[d] if sample.references else None
-                items.append(EvalItem(sample.id, d, user[-1], sample.conversations[d][-1]["content"], reference))
-        batch = collate(encoded, self.image, self.text.dialogue.pad_id, left=self.prompts)
-        if filler:
-            batch.labels = torch.full_like(batch.labels, IGNORE)
-            items = []
-        return EvalBatch(batch, items, encoders)
