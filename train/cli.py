@@ -17,6 +17,7 @@ COMMANDS = {
     "prepare": ("data_prep.__main__", "prepare a data set: source=NAME"),
     "train": ("train.__main__", "one stage: [overrides]"),
     "evaluate": ("train.evaluate", "answers and accuracy: run=RUN"),
+    "report": ("train.report", "a page about any run: run=RUN[,RUN...]"),
     "adapter": ("train.adapter", "one image's weights as a LoRA adapter: run=RUN image=FILE out=FOLDER"),
     "official": ("train.official", "the authors' checkpoints in, and ours out"),
     "chain": ("train.chain", "prepare, pretrain, finetune and evaluate on a cluster: FOLDER"),

@@ -6,7 +6,8 @@
 
 Greedy decoding with a KV cache in batches, from a run's exported weights in a plain process (generating inside the
 ZeRO-3 engine is twenty times slower). Writes RUN_DIR/evaluation/SPLIT-IMAGES.json and .jsonl (every prediction);
-results of more questions are never replaced by those of fewer, which get their number behind the name.
+results of more questions are never replaced by those of fewer, which get their number behind the name. The accuracy
+goes to the run's wandb page too, unless it has tracking=disabled. `python -m train.report run=RUN_DIR` shows all of it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -40,7 +41,7 @@ from train import config as configuration
 from train.config import DTYPES, ConfigError, MovedTo, RunConfig
 from train.data import EvalLoader, load_preprocessor, make_text, open_split, open_train_split
 from train.engine.export import load_connector, trained_part
-from train.measure import card, scoring
+from train.measure import card, scoring, tracking
 from train.measure.scoring import Question
 from train.process import distributed
 from train.process.run_files import RunDir
@@ -144,12 +145,6 @@ def training_questions(config: RunConfig) -> list[Question]:
     return found
 
 
-def image_of(config: RunConfig, split: str = "test") -> Callable[[str], bytes]:
-    """Function from a sample's id to its first image file, for one split of a run's data."""
-    images = {sample.id: sample.images[0] for sample in _open(config, split) if sample.images}
-    return images.__getitem__
-
-
 def main() -> int:
     """Evaluate one run."""
     options: Options = configuration.parse_options(Options, sys.argv[1:], __doc__)
@@ -221,6 +216,7 @@ def _write(
     write_atomically(folder / f"{name}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     summary = {
         "images": options.images,
+        "merged": options.merge,
         "split": options.split,
         "data": str(split.folder),
         "count": len(records),
@@ -229,6 +225,7 @@ def _write(
         "questions_per_s": len(records) / seconds,
         "accuracy": scoring.as_dict(result),
         "blind_floor": scoring.as_dict(floor),
+        "training_questions": len(training),
     }
     write_json(folder / f"{name}.json", summary)
     if (RunDir(run).export / "config.json").is_file():
@@ -241,6 +238,7 @@ def _write(
         interval = f"{value.low:.1f} - {value.high:.1f}"
         print(f"{key:<{width}}{value.count:>7}{value.percent:>9.1f}{interval:>18}{floor[key].percent:>9.1f}")
     print(f"predictions: {folder / name}.jsonl")
+    tracking.log_evaluation(config, run, name, summary)
 
 
 def _free_name(folder: Path, name: str, count: int) -> str:

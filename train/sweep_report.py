@@ -1,22 +1,19 @@
 """`python -m train.sweep_report SWEEP_DIR`: every point of a sweep as table and plots, at any time.
 
-Writes report.md, points.csv, accuracy.png, loss.png and speed.png into SWEEP_DIR and logs them to the sweep's wandb
-group. With `--evaluate`, finished points without a score are scored first, here.
+Writes report.md, points.csv and pictures (training curves; accuracy, loss, validation loss and speed against the swept
+values) into SWEEP_DIR and logs them to the sweep's wandb group. With `--evaluate`, finished points without a score are
+scored first, here.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 from common import places
 from common.errors import UserError, run_cli
@@ -24,7 +21,8 @@ from common.files import read_json, write_atomically
 from common.markdown import plain
 from train import config as configuration
 from train.cluster import slurm, sweep
-from train.measure.tracking import read_metrics, start_wandb
+from train.measure import plots, results
+from train.measure.tracking import start_wandb
 from train.process.run_files import RunDir
 
 _COLUMNS = (
@@ -34,13 +32,25 @@ _COLUMNS = (
     "rank",
     "blocks",
     "types",
+    "parameters",
     "step",
     "loss",
+    "val_loss",
+    "image_share",
     "accuracy",
+    "accuracy_low",
+    "accuracy_high",
     "samples_per_s",
+    "samples_per_s_low",
+    "samples_per_s_high",
     "why",
 )
-_FIGURES = {"accuracy": "accuracy, %", "loss": "loss, mean of the last 10 steps", "samples_per_s": "samples/s"}
+_FIGURES = {
+    "accuracy": "accuracy, % right (95 % interval)",
+    "loss": "loss, mean of the last 10 steps",
+    "val_loss": "validation loss",
+    "samples_per_s": "samples/s (median, middle half of the steps)",
+}
 
 
 def collect(folder: Path) -> list[dict[str, Any]]:
@@ -57,22 +67,23 @@ def collect(folder: Path) -> list[dict[str, Any]]:
 def _row(run: Path, index: int, overrides: list[str], queued: str | None) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(_COLUMNS) | {"point": index, "overrides": overrides}
     row["state"], row["why"] = _state(run, queued)
-    if RunDir(run).config.exists():
-        config = configuration.load(RunDir(run).config)
-        generator = config.generator
-        row |= {"rank": generator.rank, "blocks": generator.num_blocks, "types": generator.types}
-    records = [r for r in read_metrics(run) if "loss" in r]
-    if records:
+    if not RunDir(run).config.exists():
+        return row
+    found = results.load([run])[0]
+    generator = found.config.generator
+    row |= {"rank": generator.rank, "blocks": generator.num_blocks, "types": generator.types}
+    row["parameters"] = found.facts.get("parameters", {}).get("trained")
+    row |= {key: found.last(key) for key in ("val_loss", "image_share")}
+    if records := found.steps:
         last = records[-10:]
         steady = sorted(r["samples_per_s"] for r in records[2:] or records)
-        row |= {
-            "step": records[-1]["step"],
-            "loss": sum(r["loss"] for r in last) / len(last),
-            "samples_per_s": steady[len(steady) // 2],
-        }
-    score = run / "evaluation/test-real.json"
-    if score.exists():
-        row["accuracy"] = read_json(score, "evaluate the point again")["accuracy"]["overall"]["percent"]
+        low, middle, high = (steady[int(share * (len(steady) - 1) + 0.5)] for share in (0.25, 0.5, 0.75))
+        row |= {"step": records[-1]["step"], "loss": sum(r["loss"] for r in last) / len(last)}
+        row |= {"samples_per_s": middle, "samples_per_s_low": low, "samples_per_s_high": high}
+    scores = [e for e in found.evaluations if (e.split, e.images, e.merged) == ("test", "real", False)]
+    if scores:
+        score = max(scores, key=lambda e: e.count).accuracy["overall"]
+        row |= {"accuracy": score.percent, "accuracy_low": score.low, "accuracy_high": score.high}
     return row
 
 
@@ -115,19 +126,32 @@ def write(folder: Path, rows: list[dict[str, Any]]) -> Path:
     states = [row["state"] for row in rows]
     counts = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
     lines = [f"# Sweep {plain(folder.name)}", "", f"{len(rows)} points: {counts}.", ""]
-    head = ["point", *keys, "state", "step", "loss", "accuracy %", "samples/s"]
+    figures = ("loss", "val loss", "accuracy %", "parameters", "image share", "samples/s")
+    head = ["point", *keys, "state", "step", *figures]
     lines += ["| " + " | ".join(map(plain, head)) + " |", "|" + " --- |" * len(head)]
     for row in rows:
-        values = dict(o.lstrip("+").partition("=")[::2] for o in row["overrides"])
+        values = _values(row)
         cells = [row["point"], *(values.get(k) for k in keys), row["state"], row["step"]]
-        figures = [_number(row["loss"], 4), _number(row["accuracy"], 1), _number(row["samples_per_s"], 2)]
-        lines.append("| " + " | ".join("" if c is None else plain(c) for c in [*cells, *figures]) + " |")
+        cells += [_number(row["loss"], 4), _number(row["val_loss"], 4), _interval(row, "accuracy")]
+        cells += [None if row["parameters"] is None else f"{row['parameters']:,}", _number(row["image_share"], 3)]
+        cells += [_interval(row, "samples_per_s")]
+        lines.append("| " + " | ".join("" if c is None else plain(c) for c in cells) + " |")
+    lines += [
+        "",
+        "Accuracy with its 95 % interval; speed: median and middle half of the steps; trained parameters.",
+    ]
     failed = [row for row in rows if row["why"]]
     if failed:
         lines += ["", "## Failed", ""]
         lines += [f"- {row['point']} ({plain(' '.join(row['overrides']))}): {plain(row['why'])}" for row in failed]
+    if _plot_curves(folder, rows, keys):
+        lines += ["", "![training curves](curves.png)"]
     for name in _FIGURES:
-        if _plot(rows, name, folder / f"{_file(name)}.png"):
+        file = folder / f"{_file(name)}.png"
+        file.unlink(missing_ok=True)
+        if name == "samples_per_s" and not _differs(rows):
+            lines += ["", "Speed is not drawn: the points differ by no more than the steps of one point do."]
+        elif _plot(rows, keys, name, file):
             lines += ["", f"![{_FIGURES[name]}]({_file(name)}.png)"]
     path = folder / "report.md"
     write_atomically(path, "\n".join(lines) + "\n")
@@ -138,36 +162,98 @@ def _number(value: float | None, digits: int) -> str | None:
     return None if value is None else f"{value:.{digits}f}"
 
 
+def _interval(row: dict[str, Any], figure: str) -> str | None:
+    if row[figure] is None:
+        return None
+    return f"{row[figure]:.1f} ({row[f'{figure}_low']:.1f}–{row[f'{figure}_high']:.1f})"
+
+
+def _values(row: dict[str, Any]) -> dict[str, str]:
+    """Values of a point's overrides by key."""
+    return dict(override.lstrip("+").partition("=")[::2] for override in row["overrides"])
+
+
 def _file(figure: str) -> str:
     return "speed" if figure == "samples_per_s" else figure
 
 
-def _plot(rows: list[dict[str, Any]], figure: str, file: Path) -> bool:
-    """One figure against rank and against blocks (against types where only these vary); False without points."""
-    known = [row for row in rows if row[figure] is not None and row["rank"] is not None]
+def _differs(rows: list[dict[str, Any]]) -> bool:
+    """Whether speed tells points apart: the slower half of the fastest is above the faster half of the slowest."""
+    known = [row for row in rows if row["samples_per_s"] is not None]
+    return bool(known) and max(r["samples_per_s_low"] for r in known) > min(r["samples_per_s_high"] for r in known)
+
+
+def _plot_curves(folder: Path, rows: list[dict[str, Any]], keys: list[str]) -> bool:
+    """Loss of every point against the step, smoothed alike, with the validation losses; False without steps."""
+    known = [row for row in rows if row["loss"] is not None]
     if not known:
         return False
-    axes_names = ["rank", "blocks"] if len({(r["rank"], r["blocks"]) for r in known}) > 1 else ["types"]
-    canvas, axes = plt.subplots(1, len(axes_names), figsize=(5 * len(axes_names), 3.5), squeeze=False)
-    for axis, name in zip(axes[0], axes_names, strict=True):
-        others = [n for n in ("rank", "blocks", "types") if n != name]
-        lines: dict[str, list[dict[str, Any]]] = {}
-        for row in known:
-            differs = [n for n in others if len({r[n] for r in known}) > 1]
-            lines.setdefault(", ".join(f"{n} {row[n]}" for n in differs), []).append(row)
-        for label, members in lines.items():
-            members = sorted(members, key=lambda r: r[name])
-            axis.plot([r[name] for r in members], [r[figure] for r in members], "o-", label=label)
-        axis.set_xlabel(name)
-        axis.set_ylabel(_FIGURES[figure])
-        if name == "rank":
-            axis.set_xscale("log", base=2)
-        if any(lines):
-            axis.legend(fontsize=8)
-    canvas.tight_layout()
-    canvas.savefig(file, dpi=120)
-    plt.close(canvas)
+    canvas, axis = plots.plt.subplots(figsize=(8, 4.5), layout="constrained")
+    runs = [results.load([folder / str(row["point"])])[0] for row in known]
+    log = plots.scale_losses(axis, [v for run in runs for key in ("loss", "val_loss") for v in run.series(key)[1]])
+    for number, (row, run) in enumerate(zip(known, runs, strict=True)):
+        steps, losses = run.series("loss")
+        color, style = plots.COLORS[number % len(plots.COLORS)], ("-", "--", ":", "-.")[number // len(plots.COLORS) % 4]
+        smooth = plots.smooth(losses, max(1, len(losses) // 50), log)
+        label = f"{row['point']}: " + ", ".join(f"{_short(k)} {_values(row).get(k, '')}" for k in keys)
+        axis.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
+        axis.plot(steps, smooth, style, color=color, linewidth=1.6, label=label)
+        axis.plot(*run.series("val_loss"), "D", color=color, markeredgecolor="black", ms=5)
+    axis.set(xlabel="step", title="training curves: mean of steps around (bold), raw (pale), validation (diamonds)")
+    axis.title.set_fontsize(9)
+    axis.legend(ncol=1 + len(known) // 9, fontsize=7)
+    plots.save(canvas, folder / "curves.png")
     return True
+
+
+def _plot(rows: list[dict[str, Any]], keys: list[str], figure: str, file: Path) -> bool:
+    """One figure against the swept key of most values, a line for each choice of the others; False without points.
+
+    Points that differ in their seed alone are repetitions: each is drawn, and the line joins their means.
+    """
+    known = [row for row in rows if row[figure] is not None]
+    swept = [key for key in keys if key != "seed"] or keys
+    if not known or not swept:
+        return False
+    ticks = {key: sorted({_values(row).get(key, "default") for row in known}, key=_order) for key in swept}
+    x, *others = sorted(swept, key=lambda key: -len(ticks[key]))
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in known:
+        lines.setdefault(", ".join(f"{_short(k)} {_values(row).get(k, 'default')}" for k in others), []).append(row)
+    canvas, axis = plots.plt.subplots(figsize=(6.5, 4), layout="constrained")
+    for number, (label, members) in enumerate(sorted(lines.items(), key=lambda item: _order(item[0]))):
+        color = plots.COLORS[number % len(plots.COLORS)]
+        shift = (number - (len(lines) - 1) / 2) * min(0.08, 0.5 / len(lines))  # so that error bars do not hide others
+        places = [ticks[x].index(_values(row).get(x, "default")) for row in members]
+        values = [row[figure] for row in members]
+        if f"{figure}_low" in members[0]:
+            errors = [[abs(row[figure] - row[f"{figure}_{end}"]) for row in members] for end in ("low", "high")]
+            axis.errorbar([p + shift for p in places], values, errors, fmt="none", color=color, lw=1, capsize=3)
+        axis.plot([p + shift for p in places], values, "o", color=color, ms=4)
+        means = {p: [v for q, v in zip(places, values, strict=True) if q == p] for p in sorted(set(places))}
+        joined = [sum(each) / len(each) for each in means.values()]
+        axis.plot([p + shift for p in means], joined, "-", color=color, label=label, linewidth=1.6)
+    axis.set_xticks(range(len(ticks[x])), ticks[x])
+    axis.set(xlabel=x, ylabel=_FIGURES[figure], title=f"{re.split('[,(]', _FIGURES[figure])[0].strip()} by {_short(x)}")
+    axis.set_xlim(-0.5, len(ticks[x]) - 0.5)
+    axis.grid(axis="y", color="0.92")
+    if any(lines):
+        axis.legend()
+    plots.save(canvas, file)
+    return True
+
+
+def _order(value: str) -> tuple[list[float], str]:
+    """Numbers by size, other values by name."""
+    found = re.findall(r"[-+]?[\d.]+(?:e[-+]?\d+)?", value)
+    try:
+        return [float(each) for each in found], value
+    except ValueError:
+        return [], value
+
+
+def _short(key: str) -> str:
+    return key.rpartition(".")[2]
 
 
 def log_to_wandb(folder: Path, rows: list[dict[str, Any]]) -> None:
@@ -180,11 +266,8 @@ def log_to_wandb(folder: Path, rows: list[dict[str, Any]]) -> None:
     import wandb
 
     cells = [[" ".join(r[c]) if c == "overrides" else r[c] for c in _COLUMNS] for r in rows]
-    images = {
-        _file(n): wandb.Image(str(folder / f"{_file(n)}.png"))
-        for n in _FIGURES
-        if (folder / f"{_file(n)}.png").exists()
-    }
+    names = ["curves", *map(_file, _FIGURES)]
+    images = {n: wandb.Image(str(folder / f"{n}.png")) for n in names if (folder / f"{n}.png").exists()}
     run.log({"points": wandb.Table(columns=list(_COLUMNS), data=cells), **images})
     run.finish()
 

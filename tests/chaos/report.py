@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from common.errors import run_cli
-from train.measure.report import run_identity, stage_figures
+from train.measure.results import run_identity, stage_figures
 from train.measure.tracking import read_metrics
 
 

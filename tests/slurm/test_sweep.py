@@ -111,11 +111,12 @@ def test_two_by_two_sweep_and_its_report(site: Site, monkeypatch: pytest.MonkeyP
         assert len(expected) == 3 and float(row["loss"]) == pytest.approx(sum(expected) / 3)
     report = (folder / "report.md").read_text()
     assert "3 finished, 1 failed" in report and "a reason" in report
-    assert (folder / "loss.png").stat().st_size > 1000 and (folder / "speed.png").exists()
+    assert (folder / "loss.png").stat().st_size > 1000 and (folder / "curves.png").exists()
+    assert (folder / "speed.png").exists() != ("Speed is not drawn" in report)
     lifetimes = [life for where in (folder, *(folder / str(i) for i in range(4))) for life in offline_wandb.read(where)]
     assert len(lifetimes) == 5 and {life.group for life in lifetimes} == {"sweep"}
     (logged,) = [life for life in lifetimes if life.job_type == "report"]
-    assert {key.partition(".")[0] for row in logged.rows for key in row} >= {"points", "loss", "speed"}
+    assert {key.partition(".")[0] for row in logged.rows for key in row} >= {"points", "loss", "curves"}
 
 
 def test_a_failed_link_stops_the_chain(site: Site, tmp_path: Path) -> None:

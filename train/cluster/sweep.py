@@ -51,6 +51,12 @@ def enter(composed: DictConfig) -> DictConfig:
     OmegaConf.update(composed, "run_dir", str(folder / str(hydra.job.num)), force_add=True)
     ours = ("launch.mode=", "launch.workers=")
     overrides = [o for o in hydra.overrides.task if not o.startswith(ours)]
+    if OmegaConf.select(composed, "tracking.name") is None:
+        swept = set(hydra.sweeper.get("params") or {})  # and those of the command line
+        swept |= {word.partition("=")[0] for word in sys.argv if "," in word or "(" in word}
+        varied = (word.partition("=") for word in overrides)
+        values = [f"{key.rpartition('.')[2]}={value}" for key, _, value in varied if key in swept]
+        OmegaConf.update(composed, "tracking.name", f"{group}/{hydra.job.num} {' '.join(values)}".strip()[:128])
     lines = read_text(folder / MANIFEST, "remove it") if (folder / MANIFEST).exists() else ""
     point = json.dumps({"index": hydra.job.num, "overrides": overrides})
     write_atomically(folder / MANIFEST, f"{lines}{point}\n")

@@ -201,7 +201,8 @@ class TrackingConfig:
 
     Attributes:
         wandb: `online`, `offline` or `disabled`.
-        project, group, name, tags: As wandb names them; name null: that of the run directory.
+        project, group, name, tags: As wandb names them; null: name and group are the run directory's place below
+            `output_root`, and that of its folder.
         log_every: Steps between records.
         weights_every: Steps between records of |dW| / |W| per layer and type and of the image share of A.
         samples_every: Steps between tables of sample images, questions, answers and predictions; null: at the end.

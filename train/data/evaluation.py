@@ -20,8 +20,8 @@ from train.data.order import Permutation
 
 @dataclass(frozen=True)
 class EvalItem:
-    """One dialogue to evaluate: its sample, its number in the sample, the user's last text, the wanted answer, and how
-    the data set says that it is scored.
+    """One dialogue to evaluate: its sample, its number in the sample, the user's last text, the wanted answer, how the
+    data set says that it is scored, and the sample whose images are shown (none: empty).
     """
 
     sample: str
@@ -29,6 +29,7 @@ class EvalItem:
     question: str
     answer: str
     reference: Reference | None = None
+    shown: str = ""
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,10 @@ class EvalLoader:
         encoded, items, encoders = [], [], []
         for position, dialogues in chosen:
             sample = self.split[position]
-            if self._partner is not None:
-                sample.images = self.split[int(self._partner[position])].images
-            elif self.images == "none":
-                sample.images = []
+            other = sample if self._partner is None else self.split[int(self._partner[position])]
+            sample.images, shown = other.images, other.id if other.images else ""
+            if self.images == "none":
+                sample.images, shown = [], ""
             where = f"{self.split.shard_of(position)}: sample {sample.id}"
             if self.prompts:
                 encoded_sample = EncodedSample(where, sample.images)
@@ -148,7 +149,7 @@ class EvalLoader:
                 encoders.append(self.text.encoder(sample.conversations[d]))
                 user = [turn["content"] for turn in sample.conversations[d] if turn["role"] == "user"]
                 reference = sample.references[d] if sample.references else None
-                items.append(EvalItem(sample.id, d, user[-1], sample.conversations[d][-1]["content"], reference))
+                items.append(EvalItem(sample.id, d, user[-1], sample.conversations[d][-1]["content"], reference, shown))
         batch = collate(encoded, self.image, self.text.dialogue.pad_id, left=self.prompts)
         if filler:
             batch.labels = torch.full_like(batch.labels, IGNORE)

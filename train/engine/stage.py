@@ -50,7 +50,7 @@ from train.measure.flops import FlopCounter
 from train.measure.summary import describe, parameter_counts
 from train.measure.tracking import Tracker
 from train.process import distributed
-from train.process.run_dir import read_record
+from train.process.run_dir import machine, read_record
 from train.process.run_files import RunDir
 from train.process.signals import StopRequest
 
@@ -128,6 +128,7 @@ def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: Stop
             "vision_features_cached": config.vision.cache,
             "parameters": counts,
             "identity": data.identity,
+            "machine": machine(),
         }
         write_json(RunDir(run_dir).facts, facts)
         tracker = Tracker(config, run_dir, read_record(run_dir), stage.progress.step, facts)

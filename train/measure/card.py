@@ -46,7 +46,7 @@ def write(run_dir: Path, folder: Path) -> None:
     lines += [
         "| | |",
         "| --- | --- |",
-        *(f"| {key} | {plain(value)} |" for key, value in _training(config, record, facts)),
+        *(f"| {key} | {plain(value)} |" for key, value in training(config, record, facts)),
     ]
     lines += [
         "",
@@ -85,7 +85,8 @@ def _what(config: RunConfig) -> str:
     return f"{how}. Written by a run of VLoRA's training pipeline; every figure below comes from that run's records."
 
 
-def _training(config: RunConfig, record: dict[str, Any], facts: dict[str, Any]) -> list[tuple[str, str]]:
+def training(config: RunConfig, record: dict[str, Any], facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Name and value of what a run was: stage, steps, rates, precision, data, seed, code, versions."""
     lr = config.optim.lr
     trained = ", ".join(part for part in ("connector", "llm", "vision") if getattr(config.stage.train, part))
     rows = [

@@ -1,229 +1,339 @@
-"""Report of a demo or comparison: `report.md`, four pictures and `summary.json`, from what the runs wrote."""
+"""The report of one or more runs: `report.md` and its pictures, from what the runs wrote and nothing else."""
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Callable
+import shlex
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from common.files import write_atomically
+from common.markdown import plain
+from data_prep.store.errors import DataError
+from data_prep.store.manifest import read_manifest
+from train.measure import card, plots
+from train.measure.results import Evaluation, Results, reading
+from train.measure.scoring import Accuracy, normalise
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from PIL import Image
-
-from common.files import read_json, write_atomically
-from train.measure.tracking import read_metrics
-from train.process.run_dir import read_record
-from train.process.run_files import RunDir
-
-PHASES = ("data", "vision", "connector", "llm", "backward", "optimizer")
-_COLORS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")
-
-
-def stage_figures(run: Path) -> dict[str, Any]:
-    """Speed and size of one stage, from its metrics: medians over the steps after the first two (warm-up)."""
-    records = _steps(run)
-    steady = records[2:] or records
-    system = [r for r in records if "memory/host_gib" in r]
-
-    def median(key: str) -> float:
-        values = sorted(r[key] for r in steady if key in r)
-        return values[len(values) // 2] if values else 0.0
-
-    facts = read_json(RunDir(run).facts, "start the run again, which writes it anew")
-    return {
-        "world_size": facts["world_size"],
-        "zero_stage": facts["zero_stage"],
-        "steps": records[-1]["step"],
-        "final_loss": sum(r["loss"] for r in records[-10:]) / len(records[-10:]),
-        "samples_per_s": median("samples_per_s"),
-        "tokens_per_s": median("tokens_per_s"),
-        "step_seconds": {phase: median(f"time/{phase}") for phase in PHASES},
-        "training_seconds": records[-1]["seconds"],
-        "skipped_steps": records[-1]["skipped_steps"],
-        "padding_fraction": median("padding_fraction"),
-        "padding_fraction_of_rows": median("padding_fraction_of_rows"),
-        "image_share": next((r["image_share"] for r in reversed(records) if "image_share" in r), None),
-        "rank_memory_gib": max((r["memory/host_gib"] for r in system), default=0.0),
-        "vision_features_cached": facts["vision_features_cached"],
-    }
+MOST_ANSWERS = 12
+"""A kind of question with at most so many right answers gets a picture of what was answered instead."""
+_MOST_TABLES, _MOST_TILES, _MOST_MISTAKES = 4, 12, 15
+_NAMES = {"shuffled": "wrong image", "none": "no image", "blind": "blind floor", "merged": "right image, merged"}
 
 
-def plot_losses(runs: dict[str, dict[str, Path]], file: Path) -> None:
-    """Loss against step: one panel per stage, one line per connector."""
-    stages = list(next(iter(runs.values())))
-    figure, axes = plt.subplots(1, len(stages), figsize=(5 * len(stages), 3.5), squeeze=False)
-    for axis, stage in zip(axes[0], stages, strict=True):
-        for (connector, paths), color in zip(runs.items(), _COLORS, strict=False):
-            records = _steps(paths[stage])
-            steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
-            axis.plot(steps, losses, color=color, alpha=0.3, linewidth=1)
-            axis.plot(steps, _smooth(losses), color=color, label=connector)
-        axis.set(title=stage, xlabel="step", ylabel="loss per target token (nats)")
-        axis.set_ylim(bottom=0)
-        axis.legend(frameon=False)
-    _save(figure, file)
+def write(out: Path, runs: Sequence[Results], title: str, further: Sequence[str] = ()) -> Path:
+    """Write the report; what cannot be shown is named at its end, with the command that would make it.
 
+    Args:
+        out: Folder for `report.md` and the pictures.
+        runs: What it is about.
+        title: Its heading.
+        further: Lines of sections that stand before the commands to reproduce.
 
-def plot_accuracy(results: dict[str, dict[str, Any]], floor: dict[str, Any], file: Path) -> None:
-    """Accuracy bars per answer type, with 95 % intervals, next to the blind floor and the wrong-image control."""
-    types = list(floor)
-    bars = [("blind floor", floor)]
-    for connector, result in results.items():
-        bars.append((connector, result["real"]["accuracy"]))
-        if "shuffled" in result:
-            bars.append((f"{connector}, wrong image", result["shuffled"]["accuracy"]))
-    width = 0.8 / len(bars)
-    figure, axis = plt.subplots(figsize=(7, 3.5))
-    for i, (label, values) in enumerate(bars):
-        heights = [values[t]["percent"] for t in types]
-        errors = [
-            [values[t]["percent"] - values[t]["low"] for t in types],
-            [values[t]["high"] - values[t]["percent"] for t in types],
-        ]
-        places = [x + (i - (len(bars) - 1) / 2) * width for x in range(len(types))]
-        axis.bar(places, heights, width, yerr=errors, capsize=2, label=label, color=("0.7", *_COLORS)[i % 7])
-    axis.set_xticks(range(len(types)), types)
-    axis.set(ylabel="accuracy, %", ylim=(0, 105))
-    axis.legend(frameon=False, fontsize=8, ncol=len(bars), loc="upper center", bbox_to_anchor=(0.5, 1.16))
-    _save(figure, file)
+    Returns:
+        The report's file.
 
-
-def plot_step_time(stages: dict[str, dict[str, float]], file: Path) -> None:
-    """Seconds per step split into phases, one bar per stage."""
-    figure, axis = plt.subplots(figsize=(7, 0.6 * len(stages) + 1.4))
-    for y, seconds in enumerate(stages.values()):
-        left = 0.0
-        for phase, color in zip(PHASES, _COLORS, strict=True):
-            axis.barh(y, seconds[phase], left=left, color=color, label=phase if y == 0 else None)
-            left += seconds[phase]
-    axis.set_yticks(range(len(stages)), list(stages))
-    axis.invert_yaxis()
-    axis.set_xlabel("seconds per step (median, rank 0)")
-    axis.legend(frameon=False, fontsize=8, ncol=len(PHASES), loc="upper center", bbox_to_anchor=(0.5, 1.3))
-    _save(figure, file)
-
-
-def plot_samples(predictions: list[dict[str, Any]], image_of: Callable[[str], bytes], file: Path) -> None:
-    """A grid of test images with question, prediction and, where it is wrong, the reference."""
-    columns = 4
-    rows = -(-len(predictions) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 2.6 * rows), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, item in zip(axes.flat, predictions, strict=False):
-        axis.imshow(Image.open(io.BytesIO(image_of(item["sample"]))).convert("RGB"))
-        text = item["prediction"] if item["right"] else f"{item['prediction']}  (is: {item['answer']})"
-        axis.set_title(f"{item['question']}\n{text}", fontsize=8, color="#2a7f3f" if item["right"] else "#b03030")
-    _save(figure, file)
-
-
-def varied(predictions: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """The first `count` predictions of distinct samples, taken in turn from every answer type."""
-    by_type: dict[str, list[dict[str, Any]]] = {}
-    for item in predictions:
-        by_type.setdefault(item["type"], []).append(item)
-    chosen: list[dict[str, Any]] = []
-    seen: set[str] = set()
-    for turn in zip(*by_type.values(), strict=False):
-        for item in turn:
-            if item["sample"] not in seen and len(chosen) < count:
-                seen.add(item["sample"])
-                chosen.append(item)
-    return chosen
-
-
-def write(out: Path, summary: dict[str, Any]) -> Path:
-    """Write `summary.json` and `report.md` in `out`; the pictures stand there already."""
-    write_atomically(out / "summary.json", json.dumps(summary, indent=1))
-    lines = ["# VLoRA on easy-VQA", ""]
-    evaluation = next(iter(summary["connectors"].values()))["evaluation"]["real"]
-    lines += [
-        f"LLM `{summary['llm']}`, vision `{summary['vision']}`; official test images, "
-        f"{evaluation['count']} of {evaluation['available']} questions"
-        + (" (fixed random subset)." if evaluation["count"] < evaluation["available"] else "."),
-        "The blind floor is the best answer from the question text alone.",
-        "",
-    ]
-    types = list(summary["blind_floor"])
-    lines += ["| | " + " | ".join(types) + " |", "|---" * (len(types) + 1) + "|"]
-    lines.append(_row("questions", [str(evaluation["accuracy"][t]["count"]) for t in types]))
-    lines.append(_row("blind floor", [f"{summary['blind_floor'][t]['percent']:.1f}" for t in types]))
-    for name, result in summary["connectors"].items():
-        for images, label in (("real", name), ("shuffled", f"{name}, wrong image")):
-            if images in result["evaluation"]:
-                values = result["evaluation"][images]["accuracy"]
-                cells = [f"{values[t]['percent']:.1f} ({values[t]['low']:.1f}-{values[t]['high']:.1f})" for t in types]
-                lines.append(_row(label, cells))
-    lines += ["", "Percent right, with 95 % Wilson intervals.", "", "![accuracy](accuracy.png)", ""]
-    lines += ["![losses](losses.png)", "", "![samples](samples.png)", "", "## Cost", ""]
-    lines += [
-        "| stage | steps | samples/s | tokens/s | wall s | core s | peak GB | ranks | ZeRO |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, result in summary["connectors"].items():
-        for stage, figures in result["stages"].items():
-            cost = summary["steps"][f"{stage} {name}"]
-            cells = [
-                str(figures["steps"]),
-                f"{figures['samples_per_s']:.1f}",
-                f"{figures['tokens_per_s']:.0f}",
-                f"{cost['seconds']:.0f}",
-                f"{cost['core_seconds']:.0f}",
-                f"{cost['peak_gb']:.2f}",
-                str(figures["world_size"]),
-                str(figures["zero_stage"]),
-            ]
-            lines.append(_row(f"{name} {stage}", cells))
-    for name, result in summary["connectors"].items():
-        for stage, figures in result["stages"].items():
-            without, computed = figures["padding_fraction_of_rows"], figures["padding_fraction"]
-            lines += [
-                "",
-                f"{name} {stage}: {computed:.1%} of the LLM's positions are padding; in padded rows {without:.1%}.",
-            ]
-    others = {k: v for k, v in summary["steps"].items() if not k.startswith(("pretrain", "finetune"))}
-    lines += ["", "| step | wall s | core s | peak GB |", "|---|---|---|---|"]
-    for name, cost in others.items():
-        lines.append(_row(name, [f"{cost['seconds']:.0f}", f"{cost['core_seconds']:.0f}", f"{cost['peak_gb']:.2f}"]))
-    cached = any(s["vision_features_cached"] for r in summary["connectors"].values() for s in r["stages"].values())
-    lines += ["", "![step time](step_time.png)", ""]
-    if cached:
-        lines.append("The frozen encoder's features are computed once and cached (`vision.cache=true`), so the step's")
-        lines.append("vision time is zero; the first stage pays for the cache.")
-    versions = ", ".join(f"{k} {v}" for k, v in summary["versions"].items())
-    lines += ["", f"Commit {summary['git_commit']}; {versions}.", ""]
+    Raises:
+        DamagedFile: the predictions of an evaluation.
+    """
+    for *_, group in _groups(runs)[-1:]:
+        for each in group.values():
+            _ = each.predictions  # a damaged file is told before anything is written
+    out.mkdir(parents=True, exist_ok=True)
+    missing: list[str] = []
+    lines = [f"# {plain(title)}", ""]
+    for section in (_results, _training, _weights, _answers):
+        lines += section(out, runs, missing)
+    lines += [*further, *_reproduce(runs)]
+    if missing:
+        lines += ["## Not in this report", "", *(f"- {line}" for line in missing), ""]
     write_atomically(out / "report.md", "\n".join(lines))
     return out / "report.md"
 
 
-def run_identity(run: Path) -> dict[str, Any]:
-    """Commit and versions of a run."""
-    record = read_record(run)
-    return {"git_commit": record["git_commit"], "git_dirty": record["git_dirty"], "versions": record["versions"]}
+def _groups(runs: Sequence[Results]) -> list[tuple[Results, str, dict[str, Evaluation]]]:
+    """Run, title and evaluations of each split that was evaluated with the right images."""
+    found = []
+    for run in runs:
+        for group in run.groups():
+            if "real" in group:
+                name = f"{run.label}, {group['real'].split}" if len(runs) > 1 else group["real"].split
+                found.append((run, name, group))
+    return found
 
 
-def _steps(run: Path) -> list[dict[str, Any]]:
-    """Records of training steps; the validation loss is a record of its own."""
-    return [record for record in read_metrics(run) if "loss" in record]
+def _results(out: Path, runs: Sequence[Results], missing: list[str]) -> list[str]:
+    """Accuracy by kind of question and split: table, picture, and what it means."""
+    groups = _groups(runs)
+    if not groups:
+        last = runs[-1].path
+        missing.append(f"Accuracy: `{_evaluate(last)}`, and again with `images=shuffled` and `images=none`.")
+        return []
+    lines, panels = ["## What it sees", ""], {}
+    for run, title, group in groups:
+        real = group["real"]
+        conditions = {name: each.accuracy for name, each in group.items()}
+        if real.blind is not None:
+            conditions["blind"] = real.blind
+        lines += [f"**{plain(title)}**: {_asked(real)}", ""]
+        lines += _accuracy_table(conditions)
+        panels[f"{title} ({real.count} questions)"] = conditions
+        for name in ("shuffled", "none"):
+            if name not in group:
+                what = f"Accuracy of {plain(title)} with {_NAMES[name].replace('wrong', 'a wrong')}"
+                missing.append(f"{what}: `{_evaluate(run.path, real.split, name)}`.")
+        if real.blind is None:
+            missing.append(f"The blind floor of {plain(title)}: the run trained on no questions, or its data are away.")
+    plots.accuracy(panels, out / "accuracy.png")
+    lines += [
+        "Percent right, with 95 % Wilson intervals. The blind floor is the best answer from the question's text alone.",
+        "A kind of question is seen where the right image's interval lies above every control.",
+        "",
+        "![accuracy](accuracy.png)",
+        "",
+    ]
+    return lines
 
 
-def _row(head: str, cells: list[str]) -> str:
-    return "| " + " | ".join([head, *cells]) + " |"
+def _asked(evaluation: Evaluation) -> str:
+    part = " (a fixed random subset)" if evaluation.count < evaluation.available else ""
+    return f"{evaluation.count:,} of {evaluation.available:,} questions{part} of `{plain(evaluation.data)}`."
 
 
-def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential average, unbiased at the start."""
-    out, average, norm = [], 0.0, 0.0
-    for value in values:
-        average, norm = weight * average + (1 - weight) * value, weight * norm + (1 - weight)
-        out.append(average / norm)
-    return out
+def _accuracy_table(conditions: dict[str, dict[str, Accuracy]]) -> list[str]:
+    real = conditions["real"]
+    columns = [name for name in ("merged", "shuffled", "none", "blind") if name in conditions]
+    head = ["kind", "questions", "right image", *(_NAMES[name] for name in columns), "reading"]
+    lines = [_row(*head), "|" + " --- |" * len(head)]
+    for kind, right in real.items():
+        cells = [_percent(conditions[name].get(kind), name != "blind") for name in columns]
+        controls = {_NAMES[name]: conditions[name].get(kind) for name in columns if name != "merged"}
+        said = reading(right, controls)
+        lines.append(_row(plain(kind), right.count, _percent(right), *cells, said))
+    return [*lines, ""]
 
 
-def _save(figure: Any, file: Path) -> None:
-    figure.savefig(file, dpi=110, bbox_inches="tight")
-    plt.close(figure)
+def _percent(value: Accuracy | None, interval: bool = True) -> str:
+    if value is None:
+        return ""
+    return f"{value.percent:.1f} ({value.low:.1f}–{value.high:.1f})" if interval else f"{value.percent:.1f}"
+
+
+def _training(out: Path, runs: Sequence[Results], missing: list[str]) -> list[str]:
+    """What was trained on what, and how it went."""
+    columns = [_facts(run) for run in runs]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    lines = ["## What was trained", "", _row("", *(plain(run.label) for run in runs)), "|" + " --- |" * (len(runs) + 1)]
+    lines += [_row(name, *(plain(column.get(name, "")) for column in columns)) for name in names]
+    seconds = sum(float(run.steps[-1]["seconds"]) for run in runs if run.steps)
+    asked = sum(each.seconds for run in runs for each in run.evaluations)
+    lines += ["", f"Steps {_duration(seconds)}, answering {_duration(asked)} in all (without start-up).", ""]
+    for run in runs:
+        if run.config.init_from and not any(str(other.path) == run.config.init_from for other in runs):
+            missing.append(
+                f"The stage that {plain(run.label)} began from: `python -m train.report "
+                f"run={shlex.quote(f'{run.config.init_from},{run.path}')}`."
+            )
+        if run.config.data.val is None or not run.series("val_loss")[0]:
+            missing.append(f"Validation loss of {plain(run.label)}: train with `data.val=NAME/SPLIT`, to the end.")
+    if trained := [run for run in runs if run.steps]:
+        plots.training(trained, out / "losses.png")
+        lines += ["![losses](losses.png)", ""]
+    else:
+        missing.append("Loss curves: no step was made yet (`metrics.jsonl` holds none).")
+    return lines
+
+
+def _facts(run: Results) -> dict[str, str]:
+    """Rows of the table of one run, by name."""
+    config, facts = run.config, run.facts
+    rows = {name: value for name, value in card.training(config, run.record, facts) if name != "code"}
+    parameters = facts.get("parameters", {})
+    parts = ", ".join(f"{k} {v:,}" for k, v in parameters.items() if k not in ("total", "trained"))
+    rows["parameters"] = f"{parameters.get('trained', 0):,} trained of {parameters.get('total', 0):,} ({parts})"
+    rows |= {"language model": config.llm.path, "encoder": config.vision.path, "connector": config.connector.name}
+    data = config.data
+    rows["data"] = ", ".join(_size(data.root, source.path) for source in data.train)
+    for role in ("val", "test"):
+        if getattr(data, role):
+            rows[f"{role} data"] = _size(data.root, getattr(data, role))
+    if run.steps:
+        last, speed = run.steps[-1], sorted(record["samples_per_s"] for record in run.steps)
+        rows["made"] = f"{last['step']} steps, {last['samples']:,} samples, {_duration(last['seconds'])}"
+        rows["speed"] = f"{speed[len(speed) // 2]:.1f} samples/s (median)"
+        rows["loss, mean of the last 10 steps"] = (
+            f"{sum(r['loss'] for r in run.steps[-10:]) / len(run.steps[-10:]):.4f}"
+        )
+    for name, key in (("validation loss", "val_loss"), ("image share of A", "image_share")):
+        if (value := run.last(key)) is not None:
+            rows[name] = f"{value:.4f}"
+    ranks = f"{facts.get('world_size', '?')} ranks"
+    rows["machine"] = f"{facts['machine']}; {ranks}" if "machine" in facts else ranks
+    rows["versions"] = rows.pop("versions")
+    dirty = " with uncommitted changes (`git.diff`)" if run.record.get("git_dirty") else ""
+    rows["commit"] = f"{run.record.get('git_commit')}{dirty}"
+    return rows
+
+
+def _size(root: str, path: str) -> str:
+    try:
+        manifest = read_manifest(Path(root) / path)
+    except DataError:
+        return f"{path} (not on this machine)"
+    sizes = f"{manifest.samples:,} samples, {manifest.dialogues:,} dialogues"
+    return f"{path} ({sizes}, fingerprint {manifest.fingerprint[:12]})"
+
+
+def _weights(out: Path, runs: Sequence[Results], missing: list[str]) -> list[str]:
+    """Where the image changes the language model most."""
+    maps = {}
+    for run in runs:
+        if found := run.deltas():
+            maps[f"{run.label}, step {found[0]}"] = found[1]
+        elif run.config.connector.name == "vlora" and run.steps:
+            missing.append(f"|dW| / |W| of {plain(run.label)}: not recorded; train with `tracking.weights_every=N`.")
+    if not maps:
+        return []
+    plots.deltas(maps, out / "deltas.png")
+    return [
+        "## Where the image goes",
+        "",
+        "Size of the weights made from an image against the language model's own, mean over the images of a batch.",
+        "",
+        "![|dW| / |W| by layer and type](deltas.png)",
+        "",
+    ]
+
+
+def _answers(out: Path, runs: Sequence[Results], missing: list[str]) -> list[str]:
+    """Confusions, mistakes, and questions with right and wrong image side by side; of the last evaluated split."""
+    groups = _groups(runs)
+    if not groups:
+        return []
+    run, title, group = groups[-1]
+    predictions = group["real"].predictions
+    lines = ["## Answers", "", f"Of {plain(title)}, with the right image.", ""]
+    if tables := _confusions(predictions):
+        plots.confusion(tables, out / "confusion.png")
+        lines += ["![confusion](confusion.png)", ""]
+    lines += _mistakes(predictions)
+    try:
+        if tiles := _tiles(run, group):
+            plots.samples(tiles, out / "samples.png")
+            lines += ["![samples](samples.png)", ""]
+    except DataError as error:
+        missing.append(f"Pictures of samples: {plain(error)}")
+    return lines
+
+
+def _confusions(predictions: list[dict[str, Any]]) -> dict[str, tuple[list[str], list[str], list[list[int]]]]:
+    """Right answers, given answers and counts, by kind, for the kinds with few right answers."""
+    tables = {}
+    for kind in sorted({p["type"] for p in predictions}):
+        pairs = Counter((normalise(p["answer"]), normalise(p["prediction"])) for p in predictions if p["type"] == kind)
+        rows = sorted({answer for answer, _ in pairs})
+        if not 2 <= len(rows) <= MOST_ANSWERS:
+            continue
+        counts = [[pairs[row, column] for column in rows] for row in rows]
+        others = [sum(n for (answer, said), n in pairs.items() if answer == row and said not in rows) for row in rows]
+        columns = list(rows)
+        if any(others):
+            columns.append("(other)")
+            counts = [[*line, other] for line, other in zip(counts, others, strict=True)]
+        tables[kind] = (rows, columns, counts)
+    largest = sorted(tables, key=lambda kind: -sum(map(sum, tables[kind][2])))[:_MOST_TABLES]
+    return {kind: tables[kind] for kind in tables if kind in largest}
+
+
+def _mistakes(predictions: list[dict[str, Any]]) -> list[str]:
+    """The most frequent wrong answers to a question, with the share of these questions that got it."""
+    asked = Counter((p["question"], p["answer"]) for p in predictions)
+    wrong = Counter((p["question"], p["answer"], p["prediction"]) for p in predictions if not p["right"])
+    if not wrong:
+        return ["No mistake.", ""]
+    example = {(p["question"], p["answer"], p["prediction"]): p["sample"] for p in reversed(predictions)}
+    worst = sorted(wrong.items(), key=lambda item: (-item[1], -item[1] / asked[item[0][:2]], item[0]))
+    lines = [f"The worst mistakes, of {sum(wrong.values()):,} in {len(predictions):,} answers:", ""]
+    lines += [_row("question", "right answer", "answered", "times", "an example"), "|" + " --- |" * 5]
+    for key, times in worst[:_MOST_MISTAKES]:
+        question, answer, said = key
+        of = f"{times} of {asked[question, answer]}"
+        lines.append(_row(plain(question), plain(answer), plain(said) or "(nothing)", of, plain(example[key])))
+    return [*lines, ""]
+
+
+def _tiles(run: Results, group: dict[str, Evaluation]) -> list[tuple[str, list[tuple[bytes | None, str, str, str]]]]:
+    """Questions of all kinds, half of them mistakes where there are some, for `plots.samples`."""
+    wrong = {(p["sample"], p["dialogue"]): p for p in group["shuffled"].predictions} if "shuffled" in group else {}
+    predictions = group["real"].predictions
+    pictured = [p for p in predictions if p.get("shown", p["sample"])]  # a text has no picture
+    paired = [p for p in pictured if wrong.get((p["sample"], p["dialogue"]), {}).get("shown")]
+    chosen = varied(paired or pictured, _MOST_TILES)
+    shown = {p["sample"] for p in chosen}
+    shown |= {wrong[p["sample"], p["dialogue"]]["shown"] for p in chosen} if paired else set()
+    images = run.images(group["real"], shown)
+    tiles = []
+    for item in chosen:
+        right = f"{item['prediction']}" if item["right"] else f"{item['prediction']} (is: {item['answer']})"
+        color = plots.GOOD if item["right"] else plots.BAD
+        pictures = [(images.get(item["sample"]), "right image", right, color)]
+        if paired:
+            other = wrong[item["sample"], item["dialogue"]]
+            pictures.append((images.get(other["shown"]), "wrong image", other["prediction"], plots.DARK))
+        tiles.append((item["question"], pictures))
+    return tiles
+
+
+def varied(predictions: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Up to `count` predictions of distinct samples: of every kind in turn, a right and a wrong answer by turns."""
+    queues: dict[tuple[bool, str], list[dict[str, Any]]] = {}
+    for item in predictions:
+        queues.setdefault((not item["right"], item["type"]), []).append(item)
+    chosen: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    order = sorted(queues, key=lambda key: (key[1], key[0]))
+    while len(chosen) < count and any(queues.values()):
+        for key in order:
+            queues[key] = [item for item in queues[key] if item["sample"] not in seen]
+            if queues[key] and len(chosen) < count:
+                chosen.append(queues[key].pop(0))
+                seen.add(chosen[-1]["sample"])
+    return chosen
+
+
+def _reproduce(runs: Sequence[Results]) -> list[str]:
+    """The commands that made the runs."""
+    lines = ["## Made by", "", "```"]
+    commits = list(dict.fromkeys(str(run.record.get("git_commit")) for run in runs))
+    lines += [f"git checkout {commit}" for commit in commits if commit != "None"]
+    for run in runs:
+        words = [str(word) for word in run.record.get("command", [])]
+        if words:
+            lines.append(f"python -m {_module(words[0])} {shlex.join(words[1:])}".rstrip())
+        for each in run.evaluations:
+            limit = f" max_samples={each.count}" if each.count < each.available else ""
+            lines.append(_evaluate(run.path, each.split, each.images) + " merge=true" * each.merged + limit)
+    return [*lines, "```", ""]
+
+
+def _module(program: str) -> str:
+    """The module behind `sys.argv[0]`: `/code/train/__main__.py` is `train`."""
+    path = Path(program)
+    return path.parent.name if path.name == "__main__.py" else program
+
+
+def _evaluate(run: Path, split: str = "test", images: str = "real") -> str:
+    words = [f"run={run}", *([f"split={split}"] if split != "test" else [])]
+    return shlex.join(["python", "-m", "train.evaluate", *words, *([f"images={images}"] if images != "real" else [])])
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{minutes:.1f} min" if minutes < 120 else f"{hours:.1f} h"
+
+
+def _row(*cells: object) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"

@@ -39,7 +39,7 @@ def predict(engine: Engine, loader: EvalLoader, config: RunConfig) -> list[dict[
 
 
 def write(run_dir: Path, step: int, rows: list[dict[str, Any]], tracker: Tracker) -> None:
-    """Keep the table as `samples/step-N.jsonl` and log it with pictures."""
+    """Keep the table as `samples/step-N.jsonl` and log it with pictures, as `answers`: `samples` is a counter."""
     folder = RunDir(run_dir).samples
     folder.mkdir(exist_ok=True)
     lines = [json.dumps({k: v for k, v in row.items() if k != "images"}) for row in rows]
@@ -53,4 +53,4 @@ def write(run_dir: Path, step: int, rows: list[dict[str, Any]], tracker: Tracker
         ]
         for row in rows
     ]
-    tracker.table(step, "samples", COLUMNS, cells)
+    tracker.table(step, "answers", COLUMNS, cells)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from common.files import DamagedFile, read_text, write_atomically
 from train.config import RunConfig, TrackingConfig
+from train.process.run_dir import read_record
 from train.process.run_files import RunDir
 
+_LONGEST = 128
+"""Characters that wandb takes in a name."""
 _REMEDY = "restore it, or remove it: the run does not need it, only its report does"
 
 
@@ -38,16 +41,7 @@ class Tracker:
         self._wandb: Any = None
         if config.tracking.wandb != "disabled":
             known = {"git_commit": record["git_commit"], "versions": record["versions"]}
-            self._wandb = start_wandb(
-                config.tracking,
-                run_dir,
-                config.tracking.name or record["name"],
-                tags=config.tracking.tags,
-                id=record["id"],
-                resume="allow",
-                config={**asdict(config), **known, **facts},
-            )
-            self._wandb.define_metric("*", step_metric="step")
+            self._wandb = _run_page(config, run_dir, record, config={**asdict(config), **known, **facts})
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Write one record of numbers."""
@@ -104,6 +98,70 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
             if line and number < len(lines):
                 bad.append(number)
     return records, bad
+
+
+def log_evaluation(config: RunConfig, run_dir: Path, name: str, summary: dict[str, Any]) -> None:
+    """Put the scores of an evaluation on the run's own wandb page; nothing where the run has tracking disabled.
+
+    As `accuracy/NAME/KIND` and `blind/NAME/KIND` in percent, at the run's last step and in its summary, and as the
+    table `accuracy_table/NAME`. A wandb that cannot be reached is one warning: the scores are in the run directory.
+
+    Args:
+        config: The run's.
+        run_dir: Its directory.
+        name: Of the evaluation: split and images.
+        summary: What `train.evaluate` writes.
+    """
+    if config.tracking.wandb == "disabled":
+        return
+    figures, rows = {}, []
+    for kind, score in summary["accuracy"].items():
+        figures[f"accuracy/{name}/{kind}"] = score["percent"]
+        blind = summary["blind_floor"][kind]["percent"] if summary["training_questions"] else None
+        if blind is not None:
+            figures[f"blind/{name}/{kind}"] = blind
+        rows.append([kind, score["count"], score["percent"], score["low"], score["high"], blind])
+    columns: list[str | int] = ["kind", "questions", "right %", "low %", "high %", "blind %"]
+    try:
+        page = _run_page(config, run_dir, read_record(run_dir))
+        import wandb
+
+        step = max((record["step"] for record in read_metrics(run_dir)), default=0)
+        page.log({"step": step, **figures, f"accuracy_table/{name}": wandb.Table(columns=columns, data=rows)})
+        page.summary.update(figures)
+        page.finish()
+    except Exception as error:  # wandb's own errors share no class
+        print(f"warning: the scores are not on the run's wandb page ({str(error).strip()[:200]})", file=sys.stderr)
+
+
+def _run_page(run: RunConfig, run_dir: Path, record: dict[str, Any], **options: Any) -> Any:
+    """The wandb run of a run directory: the same id, name, group and job type in all its lifetimes."""
+    name, group = names(run, run_dir)
+    page = start_wandb(
+        replace(run.tracking, group=group),
+        run_dir,
+        name,
+        tags=run.tracking.tags,
+        job_type=run.stage.name,
+        id=record["id"],
+        resume="allow",
+        **options,
+    )
+    page.define_metric("*", step_metric="step")
+    return page
+
+
+def names(config: RunConfig, run_dir: Path) -> tuple[str, str | None]:
+    """Name and group of a run on wandb, where `tracking` gives none: its path below `output_root`, and the folder.
+
+    `outputs/demo/vlora/pretrain` is `demo/vlora/pretrain` in the group `demo/vlora`; `outputs/first` is `first`, alone.
+    Elsewhere the last two folders tell a run apart.
+    """
+    path, root = Path(os.path.abspath(run_dir)), Path(os.path.abspath(config.output_root))
+    parts = path.relative_to(root).parts if path.is_relative_to(root) and path != root else path.parts[-2:]
+    folder = "/".join(part for part in parts[:-1] if part != "/")
+    name = config.tracking.name or "/".join(part for part in (folder, parts[-1]) if part)
+    return name[-_LONGEST:], config.tracking.group or folder[-_LONGEST:] or None
 
 
 def start_wandb(tracking: TrackingConfig, folder: Path, name: str, **options: Any) -> Any:

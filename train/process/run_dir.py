@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import platform
+import re
 import secrets
 import subprocess
 import sys
@@ -14,6 +16,9 @@ from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import psutil
+import torch
 
 from common.errors import UserError
 from common.files import DamagedFile, read_json, remove_temporaries, write_atomically, write_json
@@ -222,6 +227,19 @@ def git_state() -> tuple[str | None, str]:
 
     commit = git("rev-parse", "HEAD")
     return (commit.strip() if commit else None), git("diff", "HEAD") or ""
+
+
+def machine() -> str:
+    """Processor, cores, memory and, where there is one, GPU of this machine."""
+    try:
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    processor = found[1].strip() if found else platform.processor() or platform.machine()
+    parts = [processor, f"{psutil.cpu_count()} cores", f"{psutil.virtual_memory().total / 2**30:.0f} GiB"]
+    if torch.cuda.is_available():
+        parts.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
+    return ", ".join(parts)
 
 
 def versions() -> dict[str, str]:

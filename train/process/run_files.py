@@ -24,6 +24,7 @@ class RunDir:
     | `samples/` | tables of questions, answers and predictions |
     | `export/` | the trained model, a Hugging Face folder |
     | `evaluation/` | scores and predictions of `train.evaluate` |
+    | `report/` | the page and pictures of `train.report` |
     | `wandb/` | wandb's own files |
     | `STOP` | asks a running job to stop, whatever it holds |
     | `STOPPED` | the run has stopped on request, with a checkpoint |
@@ -84,6 +85,11 @@ class RunDir:
     def evaluation(self) -> Path:
         """Folder of scores and predictions."""
         return self.path / "evaluation"
+
+    @property
+    def report(self) -> Path:
+        """Folder of the report."""
+        return self.path / "report"
 
     @property
     def stop(self) -> Path:

@@ -19,14 +19,19 @@ from common import settings
 from common.errors import ConfigError, UserError
 from common.options import parse_options, typed
 from data_prep.prepare import Options as PrepareOptions
-from train import adapter, evaluate
+from train import adapter, evaluate, report
 from train.config import RunConfig
 
 NUMBERS = [0, -1, 1.5, math.nan, math.inf, -math.inf, 1e20, 10**20, "text", "", [1, 2], [], {}, {"a": 1}, True, None]
 TEXTS = ["", "  ", "a\x00b", "a\nb", "\ud800", "x" * 5000, [1, 2], {"a": 1}, None]
 FLAGS = ["perhaps", 1.5, math.nan, [True], {}, "", None]
 KEYS = {name: (kind, allowed, doc) for name, kind, allowed, doc in settings.keys(RunConfig) if not is_dataclass(kind)}
-COMMANDS = {"evaluate": evaluate.Options, "adapter": adapter.Options, "data_prep": PrepareOptions}
+COMMANDS = {
+    "evaluate": evaluate.Options,
+    "report": report.Options,
+    "adapter": adapter.Options,
+    "data_prep": PrepareOptions,
+}
 
 
 def members(kind: Any) -> set[Any]:
