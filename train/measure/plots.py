@@ -85,7 +85,7 @@ def _losses(axis: Any, runs: Sequence[Results]) -> None:
 
 
 def scale_losses(axis: Any, losses: list[float]) -> bool:
-    """A log axis where a few high losses would press all others onto the floor; else one from zero. Whether it is log."""
+    """A log axis (True) where a few high losses would press all others onto the floor; else one from zero."""
     axis.set_ylabel("loss, nats per target token")
     log = bool(losses) and min(losses) > 0 and max(losses) > 3 * statistics.median(losses)
     if log:
