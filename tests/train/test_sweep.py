@@ -21,6 +21,11 @@ def test_stage_two_of_a_sweep_is_prepared_and_waits_for_stage_one_point_by_point
     for number in range(4):
         one, two = (configuration.read(folder / f"{where}{number}/config.yaml") for where in ("", "finetune/"))
         assert (one.stage.name, two.stage.name) == ("pretrain", "finetune")
+        assert (one.tracking.group, two.tracking.group) == ("sweep", "sweep/finetune")
+        values = f"rank={one.generator.rank} seed={one.seed}"
+        assert (
+            one.tracking.name == f"sweep/{number} {values}" and two.tracking.name == f"sweep/finetune/{number} {values}"
+        )
         assert two.init_from == str(folder / str(number)) and two.generator == one.generator and two.seed == one.seed
     done = world.train(
         ["-m", *ours, *slurm, *both, "stage=finetune", "init_from=x", f"hydra.sweep.dir={tmp_path}/other"]

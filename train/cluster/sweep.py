@@ -46,7 +46,9 @@ def enter(composed: DictConfig) -> DictConfig:
     if hydra.mode != RunMode.MULTIRUN:
         return composed
     folder = Path(hydra.sweep.dir).absolute()
-    group = OmegaConf.select(composed, "tracking.group") or folder.name
+    second = folder.name == "finetune" and (folder.parent / MANIFEST).exists()  # of a sweep over both stages
+    name = f"{folder.parent.name}/{folder.name}" if second else folder.name
+    group = OmegaConf.select(composed, "tracking.group") or name
     OmegaConf.update(composed, "tracking.group", group, force_add=True)
     OmegaConf.update(composed, "run_dir", str(folder / str(hydra.job.num)), force_add=True)
     ours = ("launch.mode=", "launch.workers=")

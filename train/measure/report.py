@@ -171,8 +171,8 @@ def _facts(run: Results) -> dict[str, str]:
     ranks = f"{facts.get('world_size', '?')} ranks"
     rows["machine"] = f"{facts['machine']}; {ranks}" if "machine" in facts else ranks
     rows["versions"] = rows.pop("versions")
-    dirty = " with uncommitted changes (`git.diff`)" if run.record.get("git_dirty") else ""
-    rows["commit"] = f"{run.record.get('git_commit')}{dirty}"
+    dirty = " with uncommitted changes (git.diff)" if run.record.get("git_dirty") else ""
+    rows["commit"] = f"{run.record.get('git_commit') or 'not known'}{dirty}"
     return rows
 
 

@@ -101,7 +101,7 @@ class Results:
         label: What tells it apart from the other runs of the report.
         path: Its directory.
         config: As it was given.
-        record: `run.json`.
+        record: `run.json`; empty for an imported model.
         facts: `facts.json`; empty before the first step.
         metrics: All records.
         evaluations: By name of their files.
@@ -192,7 +192,7 @@ def _absolute(path: Path) -> Path:
 
 def _load(path: Path, label: str) -> Results:
     run = RunDir(path)
-    record = read_record(path)
+    record = read_record(path) if run.record.exists() else {}  # an imported model has none
     facts = read_json(run.facts, "start the run again, which writes it anew") if run.facts.exists() else {}
     evaluations = [Evaluation.read(file) for file in sorted(run.evaluation.glob("*.json"))]
     return Results(label, path, configuration.read(run.config), record, facts, read_metrics(path), evaluations)

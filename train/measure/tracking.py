@@ -101,7 +101,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def log_evaluation(config: RunConfig, run_dir: Path, name: str, summary: dict[str, Any]) -> None:
-    """Put the scores of an evaluation on the run's own wandb page; nothing where the run has tracking disabled.
+    """Put the scores of an evaluation on the run's own wandb page; nothing where that is disabled.
 
     As `accuracy/NAME/KIND` and `blind/NAME/KIND` in percent, at the run's last step and in its summary, and as the
     table `accuracy_table/NAME`. A wandb that cannot be reached is one warning: the scores are in the run directory.
@@ -112,7 +112,7 @@ def log_evaluation(config: RunConfig, run_dir: Path, name: str, summary: dict[st
         name: Of the evaluation: split and images.
         summary: What `train.evaluate` writes.
     """
-    if config.tracking.wandb == "disabled":
+    if config.tracking.wandb == "disabled" or not RunDir(run_dir).record.exists():  # an imported model has no page
         return
     figures, rows = {}, []
     for kind, score in summary["accuracy"].items():

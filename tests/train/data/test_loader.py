@@ -452,6 +452,14 @@ def test_evaluation_choices(root, tokenizer):
     for n in range(40):
         assert (own[n] != shuffled[n]) == bool(n % 3)  # with images: another's; text-only stays text-only
     assert sorted(own) == sorted(shuffled)
+    asked, swapped, alone = (
+        {item.sample: item.shown for step in EvalLoader(split, text, PIXELS, images=kind) for item in step.items}
+        for kind in ("own", "shuffled", "none")
+    )
+    image_of = dict(zip(asked, own, strict=True))
+    assert [image_of[shown] for shown in swapped.values() if shown] == [x for n, x in enumerate(shuffled) if n % 3]
+    assert all(shown in ("", sample) for sample, shown in asked.items()) and any(asked.values())
+    assert not any(alone.values())
     loss = next(iter(EvalLoader(split, text, PIXELS, prompts=False))).batch
     assert loss.n_targets > 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import sys
@@ -17,7 +18,7 @@ from data_prep.store.split import Split
 from tests.slurm import offline_wandb
 from tests.train import world
 from train import config as configuration
-from train import evaluate, report, sweep_report
+from train import demo, evaluate, report, sweep_report
 from train.measure import plots, results, tracking
 from train.measure.scoring import Accuracy
 from train.process.run_dir import machine
@@ -112,6 +113,34 @@ def test_a_run_that_was_not_evaluated_says_what_would_add_it(data, tmp_path, mon
     assert not list((tmp_path / "out").glob("*.png")) and "](" not in text
     write_report(monkeypatch, f"run={run}")
     assert (run / "report" / "report.md").read_text() == text
+
+
+def test_an_imported_model_has_a_report_and_no_wandb_page(data, tmp_path, monkeypatch, capsys):
+    run = make_run(data, tmp_path / "run", "tracking.wandb=offline")
+    for file in (RunDir(run).record, RunDir(run).facts, RunDir(run).metrics):
+        file.unlink()
+    answer(run, "real", {}, capsys)
+    assert not (run / "wandb").exists()
+    text = write_report(monkeypatch, f"run={run}", f"out={tmp_path}/out")
+    assert "| commit | not known |" in text and "No mistake." in text and "(samples.png)" in text
+
+
+def test_the_demos_report_is_one_of_these_with_its_costs(data, tmp_path, capsys):
+    runs = {"pretrain": make_run(data, tmp_path / "vlora/pretrain")}
+    runs["finetune"] = make_run(data, tmp_path / "vlora/finetune", "stage=finetune", f"init_from={runs['pretrain']}")
+    answer(runs["finetune"], "real", {"what": {3}}, capsys)
+    scores = json.loads((runs["finetune"] / "evaluation/test-real.json").read_text())
+    steps = demo.Steps(tmp_path / "steps.json")
+    cost = {"seconds": 90.0, "core_seconds": 150.0, "peak_gb": 3.0}
+    steps.costs = dict.fromkeys(("data", "pretrain vlora", "finetune vlora"), cost)
+    results = {"vlora": {"runs": runs, "evaluation": {"real": scores}}}
+    assert demo._report(argparse.Namespace(), steps, tmp_path, results, 300.0) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "## What it sees" in text and "| pretrain vlora | 90 | 150 | 3.00 | 12.0 |" in text
+    assert "All steps: 4.5 minutes" in text and (tmp_path / "step_time.png").exists()
+    assert (
+        json.loads((tmp_path / "summary.json").read_text())["connectors"]["vlora"]["stages"]["finetune"]["steps"] == 80
+    )
 
 
 @pytest.mark.parametrize("run", ["nowhere", "{run},", "{run},{run}"])
