@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv demo compare kernels gpu gpu-wheels wheelhouse zoo sweep test chaos test-slurm check clean
+.PHONY: help venv benchmarks-env demo compare kernels gpu gpu-wheels wheelhouse zoo sweep test chaos test-slurm check clean
 
 help:                             ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -49,6 +49,11 @@ gpu-wheels: $(VENV)/.installed    ## what a GPU machine without internet lacks, 
 
 zoo: $(VENV)/.test-installed      ## every model family tried, docs/models.md written anew (ARGS="granite clip_vision_model")
 	$(BIN)/python -m benchmarks.zoo --write $(ARGS)
+
+# Its pins are not ours: torch, transformers and wandb are others'.
+benchmarks-env:                   ## lmms-eval in .venv-benchmarks, an environment of its own (7 GB)
+	test -x $(VENV)-benchmarks/bin/python || $(PYTHON) -m venv $(VENV)-benchmarks
+	$(VENV)-benchmarks/bin/pip install --quiet --no-compile -r requirements-benchmarks.txt
 
 # There: PIP_NO_INDEX=1 PIP_FIND_LINKS=wheelhouse make venv. In a container: WHEELHOUSE=wheelhouse containers/install.sh.
 wheelhouse: $(VENV)/.installed    ## every package as a file, for machines without internet

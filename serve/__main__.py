@@ -79,7 +79,7 @@ def main() -> int:
         seconds=options.timeout,
         cache_bytes=options.cache_mb << 20,
         limits=Limits(images=options.max_images, tokens=options.max_tokens),
-        sources=Sources(prefixes, max_pixels=options.max_pixels),
+        sources=Sources(prefixes, options.max_body_mb << 20, options.max_pixels),
     )
     if settings.api_key is None and options.host not in ("127.0.0.1", "::1", "localhost"):
         print(f"warning: anyone who reaches {options.host} can use this server; set api_key=...", file=sys.stderr)

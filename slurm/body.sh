@@ -211,7 +211,11 @@ evaluate() {
     export_environment
     if [ "${1:-}" = --sweep ]; then set -- "run=$2/$SLURM_ARRAY_TASK_ID" "${@:3}"; fi
     preflight || give_up "preflight found the machine unfit; see above"
-    on_all_tasks train.evaluate "$@"
+    # Benchmarks are one process that starts a server per GPU; the rest are ranks.
+    case " $*" in
+        *" suite="* | *" tasks="*) on_first_node train.benchmark "$@" ;;
+        *) on_all_tasks train.evaluate "$@" ;;
+    esac
 }
 
 prepare_data() {

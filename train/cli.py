@@ -18,6 +18,7 @@ COMMANDS = {
     "train": ("train.__main__", "one stage: [overrides]"),
     "evaluate": ("train.evaluate", "answers and accuracy: run=RUN"),
     "report": ("train.report", "a page about any run: run=RUN[,RUN...]"),
+    "benchmark": ("train.benchmark", "the field's benchmarks, by lmms-eval: run=RUN suite=paper"),
     "adapter": ("train.adapter", "one image's weights as a LoRA adapter: run=RUN image=FILE out=FOLDER"),
     "official": ("train.official", "the authors' checkpoints in, and ours out"),
     "chain": ("train.chain", "prepare, pretrain, finetune and evaluate on a cluster: FOLDER"),

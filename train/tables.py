@@ -1,10 +1,10 @@
 """`python -m train.tables [runs=outputs] [out=FILE]`: the paper's tables as paper | ours at full size | mini.
 
 Looks through all finished runs below `runs` for those that a row describes. Full size is the paper's model (Vicuna-7B,
-hidden width 4096): its scores come from RUN/benchmarks.json, `{"MMBench": 63.4, ...}`, which an evaluation harness's
-results are written to; without one it says "not run". Mini is any smaller model, scored by `train.evaluate` on its own
-data: percent right, mean over seeds with the 95 % interval (of the questions, where there is one seed). The two are
-never mixed: a mini figure stands in a column of its own and says nothing of a benchmark.
+hidden width 4096): its scores come from RUN/evaluation/benchmarks.json, which `python -m train.benchmark` writes
+(`{"scores": {"MMBench": 63.4, ...}}`); without one it says "not run". Mini is any smaller model, scored by
+`train.evaluate` on its own data: percent right, mean over seeds with the 95 % interval (of the questions, where there
+is one seed). The two are never mixed: a mini figure stands in a column of its own and says nothing of a benchmark.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from model.config import parse_types
 from train import config as configuration
 from train.config import RunConfig
 from train.measure.paper_tables import TABLES, Table
+from train.process.run_files import RunDir
 
 # Student's t, two-sided 95 %, by degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -71,13 +72,15 @@ def find_runs(folder: Path, split: str) -> list[Run]:
     found = []
     for file in sorted(folder.rglob("config.yaml")):
         run = file.parent
-        scores, scored = run / "benchmarks.json", run / "evaluation" / f"{split}-real.json"
+        folder = RunDir(run).evaluation
+        scores, scored = folder / "benchmarks.json", folder / f"{split}-real.json"
         if not (scores.is_file() or scored.is_file()):
             continue
         config = configuration.read(file)
         one = Run(config, _width(config) == FULL_WIDTH)
         if scores.is_file():
-            one.benchmarks = {str(k): float(v) for k, v in read_json(scores, "write it again").items()}
+            found_scores = read_json(scores, "run train.benchmark again")["scores"]
+            one.benchmarks = {str(name): float(value) for name, value in found_scores.items()}
         if scored.is_file():
             overall = read_json(scored, "evaluate the run again")["accuracy"]["overall"]
             one.accuracy = (overall["percent"], overall["low"], overall["high"])

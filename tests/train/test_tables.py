@@ -15,12 +15,12 @@ def write(folder: Path, scores: dict, *overrides: str) -> None:
     folder.mkdir(parents=True)
     config = resolve(compose_overrides(["stage=finetune", "init_from=x", *overrides]))
     configuration.save(config, folder / "config.yaml")
+    (folder / "evaluation").mkdir()
     if "percent" in scores:
-        (folder / "evaluation").mkdir()
         record = {"accuracy": {"overall": {"percent": scores["percent"], "low": 1.0, "high": 99.0, "count": 5}}}
         (folder / "evaluation/test-real.json").write_text(json.dumps(record))
     else:
-        (folder / "benchmarks.json").write_text(json.dumps(scores))
+        (folder / "evaluation/benchmarks.json").write_text(json.dumps({"scores": scores, "results": []}))
 
 
 def row(text: str, table: int, name: str) -> list[str]:

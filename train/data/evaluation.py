@@ -121,6 +121,11 @@ class EvalLoader:
     def __len__(self) -> int:
         return self.steps
 
+    @property
+    def chosen(self) -> list[tuple[int, list[int]]]:
+        """What is asked, on all ranks: the position of a sample in its split, and the numbers of its dialogues."""
+        return [one for batch in self._batches for one in batch]
+
     def __iter__(self) -> Iterator[EvalBatch]:
         for step in range(self.steps):
             number = step * self._world_size + self._rank

@@ -1,4 +1,7 @@
-"""Accuracy by kind of question with confidence intervals, and the blind floor."""
+"""Accuracy by kind of question with confidence intervals, and the blind floor.
+
+Reads the standard library alone: a copy of this file scores an exported task of lmms-eval (`train.harness.local`).
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,10 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
-from data_prep.store.sample import Reference
+if TYPE_CHECKING:
+    from data_prep.store.sample import Reference
 
 MOST_TEXTS = 12
 """A set of questions without kinds and with at most so many different texts is told apart by its texts."""

@@ -1,0 +1,227 @@
+"""One task of a suite: its file for lmms-eval, its run against a server, and its result, kept once it is whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.errors import UserError
+from common.files import DamagedFile, digest, read_json, write_atomically, write_json
+from train.harness.catalogue import Benchmark
+from train.harness.environment import VERSION, Environment, Process
+from train.harness.local import INSIDE
+from train.harness.server import NAME, ROWS, Server
+
+# How lmms-eval writes down a request that failed, which it then scores as an answer.
+_FAILED = "[LMMS_EVAL_REQUEST_FAILED"
+_CLIENT = {"own": "openai", "shuffled": "vlora_shuffled", "none": "vlora_none"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One benchmark with one kind of images.
+
+    Attributes:
+        name: File of `conf/benchmark`, or the task of a split.
+        benchmark: What it is.
+        images: One of `catalogue.IMAGES`.
+        limit: Ask the first questions alone; None: all.
+    """
+
+    name: str
+    benchmark: Benchmark
+    images: str = "own"
+    limit: int | None = None
+
+    @property
+    def key(self) -> str:
+        """Names its result."""
+        return f"{self.name}-{self.images}" + (f"-{self.limit}" if self.limit else "")
+
+    @property
+    def task(self) -> str:
+        """What lmms-eval calls it."""
+        return self.name if self.is_split else f"vlora_{self.name}"
+
+    @property
+    def is_split(self) -> bool:
+        """Whether it is a prepared split, which has its own folder."""
+        return not self.benchmark.task
+
+
+def write_tasks(folder: Path, environment: Environment, benchmarks: dict[str, Benchmark]) -> None:
+    """Fill the folder that lmms-eval is started with: our settings on top of its own task files, and our modules."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for module in INSIDE.glob("*.py"):
+        if module.name != "split_task.py":
+            shutil.copyfile(module, folder / module.name)
+    # An installed package as Python sees it: so lmms-eval finds its entry point without anything being installed.
+    package = folder / "vlora_controls-0.dist-info"
+    package.mkdir(exist_ok=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: vlora-controls\nVersion: 0\n")
+    (package / "entry_points.txt").write_text("[lmms_eval.models]\nvlora_controls = vlora_controls:manifests\n")
+    for name, one in benchmarks.items():
+        write_atomically(folder / f"vlora_{name}.yaml", task_file(name, one, environment.tasks))
+
+
+def task_file(name: str, one: Benchmark, tasks: Path) -> str:
+    """A task of lmms-eval, as a benchmark's file asks for it.
+
+    Raises:
+        UserError: this lmms-eval has no such task.
+    """
+    if not (tasks / one.task).is_file():
+        raise UserError(f"conf/benchmark/{name}.yaml: lmms-eval {VERSION} has no task file {one.task}")
+    task: dict[str, Any] = {
+        "include": str(tasks / one.task),
+        "task": f"vlora_{name}",
+        "tag": [],
+        "test_split": one.split,
+        "generation_kwargs": {"max_new_tokens": one.max_tokens, "temperature": 0, "do_sample": False},
+        "lmms_eval_specific_kwargs": {"default": one.prompt},
+        **one.overrides,
+    }
+    text = yaml.safe_dump(task, sort_keys=False, allow_unicode=True)
+    if one.functions:
+        text += "metric_list:\n"
+        for metric, function in one.functions.items():
+            text += f"  - metric: {metric}\n    aggregation: !function {function}\n    higher_is_better: true\n"
+    return text
+
+
+class Results:
+    """What has been measured of one export; a result of another export, or of other settings, is none.
+
+    Args:
+        folder: RUN/evaluation/benchmarks.
+        export: Folder of the model.
+    """
+
+    def __init__(self, folder: Path, export: Path) -> None:
+        self.folder = folder
+        self._model = _model(export)
+
+    def file(self, job: Job) -> Path:
+        """Where a job's result is."""
+        return self.folder / f"{job.key}.json"
+
+    def identity(self, job: Job) -> str:
+        """Of all that a result depends on."""
+        return digest({"model": self._model, "benchmark": asdict(job.benchmark), "lmms_eval": VERSION, "key": job.key})
+
+    def find(self, job: Job) -> dict[str, Any] | None:
+        """The result of a job, if it was run to its end."""
+        if not self.file(job).is_file():
+            return None
+        try:
+            found = read_json(self.file(job), "")
+        except DamagedFile:
+            return None
+        return found if found.get("identity") == self.identity(job) else None
+
+    def keep(self, job: Job, found: dict[str, Any], samples: Path | None) -> dict[str, Any]:
+        """Write a result, its predictions first."""
+        if samples is not None:
+            write_atomically(self.file(job).with_suffix(".jsonl"), samples.read_text())
+        record = {**found, "identity": self.identity(job)}
+        write_json(self.file(job), record)
+        return record
+
+
+def _model(export: Path) -> str:
+    sums = export / "checksums.json"
+    if sums.is_file():
+        return digest(json.loads(sums.read_text()))
+    files = sorted(file for file in export.glob("*") if file.is_file())
+    return digest([[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files])
+
+
+def run(
+    job: Job,
+    environment: Environment,
+    tasks: Path,
+    server: Server,
+    results: Results,
+    started: Callable[[Process], None],
+) -> dict[str, Any]:
+    """Run one job against a server and keep its result.
+
+    Args:
+        job: What to run.
+        environment: lmms-eval's.
+        tasks: Folder of `write_tasks`.
+        server: Who answers.
+        results: Where to keep it.
+        started: Learns of the process, to end it from elsewhere.
+
+    Returns:
+        Its record.
+
+    Raises:
+        UserError: lmms-eval failed, or a request did: a failed request would count as a wrong answer.
+    """
+    log = results.folder / "logs" / f"{job.key}.log"
+    log.unlink(missing_ok=True)
+    out = results.folder / "work" / job.key
+    shutil.rmtree(out, ignore_errors=True)
+    arguments = f"model_version={NAME},num_concurrent={2 * ROWS},max_retries=3"
+    command = [str(environment.python), "-m", "lmms_eval", "--model", _CLIENT[job.images], "--model_args", arguments]
+    command += ["--tasks", job.task, "--batch_size", "1", "--output_path", str(out), "--log_samples"]
+    command += ["--include_path", str(tasks)]
+    if job.limit:
+        command += ["--limit", str(job.limit)]
+    variables = environment.variables(tasks, offline=True)
+    variables |= {"OPENAI_API_BASE": server.address, "OPENAI_API_KEY": server.key}
+    begun = time.monotonic()
+    with Process(command, variables, log) as process:
+        started(process)
+        code = process.popen.wait()
+    seconds = time.monotonic() - begun
+    files = sorted(out.rglob("*_results.json"))
+    if code or not files:
+        raise UserError(f"{job.key}: lmms-eval ended with code {code} and no result: {process.tail()} ({log})")
+    samples = next(iter(sorted(out.rglob(f"*_samples_{job.task}.jsonl"))), None)
+    answers = [] if samples is None else [json.loads(line) for line in samples.read_text().splitlines()]
+    failed = sum(_FAILED in json.dumps(answer.get("resps")) for answer in answers)
+    if failed:
+        raise UserError(f"{job.key}: {failed} of {len(answers)} requests failed, so there is no score; see {log}")
+    metrics = _metrics(json.loads(files[-1].read_text()), job.task)
+    record = results.keep(job, _record(job, metrics, len(answers), seconds), samples)
+    shutil.rmtree(out, ignore_errors=True)
+    return record
+
+
+def _metrics(found: dict[str, Any], task: str) -> dict[str, float]:
+    values = found["results"][task]
+    numbers = {key.partition(",")[0]: value for key, value in values.items() if isinstance(value, int | float)}
+    return {key: float(value) for key, value in numbers.items() if not isinstance(value, bool)}
+
+
+def _record(job: Job, metrics: dict[str, float], count: int, seconds: float) -> dict[str, Any]:
+    one = job.benchmark
+    if missing := [metric for metric in one.metric if metric not in metrics]:
+        raise UserError(f"{job.key}: lmms-eval gives no {missing[0]}; it gives {', '.join(metrics) or 'nothing'}")
+    return {
+        "benchmark": one.title,
+        "name": job.name,
+        "images": job.images,
+        "score": one.scale * sum(metrics[metric] for metric in one.metric) / len(one.metric),
+        "metric": one.metric,
+        "metrics": metrics,
+        "questions": count,
+        "limit": job.limit,
+        "split": one.split,
+        "prompt": one.prompt,
+        "max_tokens": one.max_tokens,
+        "judge": one.judge,
+        "note": one.note,
+        "lmms_eval": VERSION,
+        "seconds": round(seconds, 1),
+    }
