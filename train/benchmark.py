@@ -26,7 +26,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from common.errors import ConfigError, UserError, run_cli
-from common.files import checksum, read_json, write_atomically, write_json
+from common.files import checksum, write_atomically, write_json
 from common.options import parse_options
 from common.places import cache
 from common.settings import setting
@@ -37,7 +37,7 @@ from train.harness.catalogue import IMAGES, Benchmark
 from train.harness.environment import Environment, Process
 from train.harness.jobs import Job, Results
 from train.harness.server import Server
-from train.measure.tracking import start_wandb
+from train.measure.tracking import log_scores
 from train.process.run_files import RunDir
 
 
@@ -217,12 +217,10 @@ def report(run: Path, results: Results, wanted: Sequence[Job], config: RunConfig
     text = table.render(records, str(run))
     write_atomically(folder / "benchmarks.md", text)
     print(text)
-    if config.tracking.wandb != "disabled" and records:
-        record = read_json(RunDir(run).record, "restore it")
-        name = config.tracking.name or record["name"]
-        logged = start_wandb(config.tracking, run, name, id=record["id"], resume="allow")
-        logged.summary.update({f"benchmark/{one['name']}/{one['images']}": one["score"] for one in records})
-        logged.finish()
+    if records:
+        figures = {f"benchmark/{one['name']}/{one['images']}": one["score"] for one in records if not one["limit"]}
+        columns: list[str | int] = ["benchmark", "images", "score", "questions", "limit"]
+        log_scores(config, run, figures, "benchmarks", columns, [[one[str(key)] for key in columns] for one in records])
 
 
 def main() -> int:

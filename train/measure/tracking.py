@@ -101,10 +101,9 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def log_evaluation(config: RunConfig, run_dir: Path, name: str, summary: dict[str, Any]) -> None:
-    """Put the scores of an evaluation on the run's own wandb page; nothing where that is disabled.
+    """Put the scores of an evaluation on the run's own wandb page, see `log_scores`.
 
-    As `accuracy/NAME/KIND` and `blind/NAME/KIND` in percent, at the run's last step and in its summary, and as the
-    table `accuracy_table/NAME`. A wandb that cannot be reached is one warning: the scores are in the run directory.
+    As `accuracy/NAME/KIND` and `blind/NAME/KIND` in percent, and as the table `accuracy_table/NAME`.
 
     Args:
         config: The run's.
@@ -112,8 +111,6 @@ def log_evaluation(config: RunConfig, run_dir: Path, name: str, summary: dict[st
         name: Of the evaluation: split and images.
         summary: What `train.evaluate` writes.
     """
-    if config.tracking.wandb == "disabled" or not RunDir(run_dir).record.exists():  # an imported model has no page
-        return
     figures, rows = {}, []
     for kind, score in summary["accuracy"].items():
         figures[f"accuracy/{name}/{kind}"] = score["percent"]
@@ -122,12 +119,36 @@ def log_evaluation(config: RunConfig, run_dir: Path, name: str, summary: dict[st
             figures[f"blind/{name}/{kind}"] = blind
         rows.append([kind, score["count"], score["percent"], score["low"], score["high"], blind])
     columns: list[str | int] = ["kind", "questions", "right %", "low %", "high %", "blind %"]
+    log_scores(config, run_dir, figures, f"accuracy_table/{name}", columns, rows)
+
+
+def log_scores(
+    config: RunConfig,
+    run_dir: Path,
+    figures: dict[str, float],
+    table: str,
+    columns: list[str | int],
+    rows: list[list[Any]],
+) -> None:
+    """Put scores on the run's own wandb page, at its last step and in its summary; nothing where that is disabled.
+
+    A wandb that cannot be reached is one warning: the scores are in the run directory.
+
+    Args:
+        config: The run's.
+        run_dir: Its directory.
+        figures: By their names on the page.
+        table: Name of the table.
+        columns, rows: Its contents.
+    """
+    if config.tracking.wandb == "disabled" or not RunDir(run_dir).record.exists():  # an imported model has no page
+        return
     try:
         page = _run_page(config, run_dir, read_record(run_dir))
         import wandb
 
         step = max((record["step"] for record in read_metrics(run_dir)), default=0)
-        page.log({"step": step, **figures, f"accuracy_table/{name}": wandb.Table(columns=columns, data=rows)})
+        page.log({"step": step, **figures, table: wandb.Table(columns=columns, data=rows)})
         page.summary.update(figures)
         page.finish()
     except Exception as error:  # wandb's own errors share no class
