@@ -5,6 +5,7 @@ Runs in lmms-eval's environment, which has nothing of ours: `scoring.py` is a co
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import io
 import json
@@ -15,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 
+@functools.cache
 def _scoring() -> Any:
     spec = importlib.util.spec_from_file_location("vlora_scoring", Path(__file__).with_name("scoring.py"))
     assert spec is not None and spec.loader is not None
@@ -22,9 +24,6 @@ def _scoring() -> Any:
     sys.modules["vlora_scoring"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
-
-
-scoring = _scoring()
 
 
 def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
@@ -52,5 +51,6 @@ def doc_to_messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """The points of one answer, 0 to 1."""
     reference = json.loads(doc["reference"])
+    scoring = _scoring()
     question = scoring.Question.of(doc["sample"], doc_to_text(doc), doc["answer"], reference)
     return {"right": scoring.score(question, results[0])}
