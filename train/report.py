@@ -17,6 +17,7 @@ from pathlib import Path
 from common.errors import ConfigError, run_cli
 from common.options import parse_options
 from common.settings import setting
+from train.cluster import sweep
 from train.measure import report, results
 from train.process.run_files import RunDir
 
@@ -40,6 +41,8 @@ def main() -> int:
     named = [options.run] if Path(options.run).exists() else options.run.split(",")
     paths = [Path(name).expanduser() for name in named]
     for path in paths:
+        if (path / sweep.MANIFEST).exists():
+            raise ConfigError(f"run={path} is a sweep: python -m train.sweep_report {path}, or name its points")
         if not RunDir(path).config.exists():
             raise ConfigError(f"run={options.run}: {str(path) or 'an empty name'} is no run directory (no config.yaml)")
     if len({path.resolve() for path in paths}) < len(paths):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,13 @@ def _what(config: RunConfig) -> str:
 
 def training(config: RunConfig, record: dict[str, Any], facts: dict[str, Any]) -> list[tuple[str, str]]:
     """Name and value of what a run was: stage, steps, rates, precision, data, seed, code, versions."""
-    lr = config.optim.lr
+    rates = ", ".join(f"{part} {rate:g}" for part, rate in asdict(config.optim.lr).items() if rate is not None)
     trained = ", ".join(part for part in ("connector", "llm", "vision") if getattr(config.stage.train, part))
     rows = [
         ("stage", f"{config.stage.name}, trained: {trained}"),
         ("started from", str(config.init_from or "the pretrained parts")),
         ("steps", f"{facts.get('total_steps', config.stage.steps)} of {config.data.batch_size} samples"),
-        ("learning rates", f"connector {lr.connector}, llm {lr.llm}, vision {lr.vision}; {config.optim.schedule}"),
+        ("learning rates", f"{rates}; {config.optim.schedule}"),
         ("precision", f"{config.engine.precision}, ZeRO stage {config.engine.zero_stage}"),
         ("parameters", f"{facts.get('parameters', {}).get('total', 0):,}"),
         ("data", ", ".join(f"{source.path}" for source in config.data.train)),
@@ -105,7 +106,8 @@ def training(config: RunConfig, record: dict[str, Any], facts: dict[str, Any]) -
     ]
     if config.connector.name == "vlora":
         generator = config.generator
-        placed = f"layers {generator.layers}" if generator.layers is not None else f"every {generator.every} layers"
+        every = "every layer" if generator.every == 1 else f"every {generator.every} layers"
+        placed = f"layers {generator.layers}" if generator.layers is not None else every
         rows.insert(1, ("deltas", f"rank {generator.rank}, types {generator.types}, {placed}"))
     return rows
 

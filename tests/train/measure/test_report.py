@@ -233,7 +233,7 @@ def make_sweep(data: Path, folder: Path) -> Path:
     return folder
 
 
-def test_a_sweeps_report_has_curves_accuracy_and_no_noise(data, tmp_path, capsys):
+def test_a_sweeps_report_has_curves_accuracy_and_no_noise(data, tmp_path, monkeypatch, capsys):
     folder = make_sweep(data, tmp_path / "sweep")
     answer(folder / "0", "real", {"what": {1, 2}}, capsys)
     text = sweep_report.write(folder, sweep_report.collect(folder)).read_text()
@@ -247,6 +247,9 @@ def test_a_sweeps_report_has_curves_accuracy_and_no_noise(data, tmp_path, capsys
     metrics.write_text(metrics.read_text().replace('"samples_per_s": 1', '"samples_per_s": 3'))
     text = sweep_report.write(folder, sweep_report.collect(folder)).read_text()
     assert (folder / "speed.png").exists() and "32.0 (31.0–33.0)" in text
+    monkeypatch.setattr(sys, "argv", ["train.report", f"run={folder}"])
+    with pytest.raises(ConfigError, match="is a sweep: python -m train.sweep_report"):
+        report.main()
 
 
 def test_swept_values_are_in_order_of_size():
