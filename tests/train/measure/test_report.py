@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import wandb
 from PIL import Image
 
 from common.errors import ConfigError, UserError
@@ -206,6 +207,7 @@ def test_accuracy_reaches_the_runs_own_wandb_page(data, tmp_path, capsys):
     (folder,) = run.glob("wandb/offline-run-*")  # named by the second: a real evaluation takes longer than one
     folder.rename(folder.with_name("offline-run-20200101_000000-0123abcd"))
     answer(run, "shuffled", {"what": set(range(30))}, capsys)
+    wandb.teardown()  # its service writes the last records just behind `finish`; the end of a process waits for it
     start, scored = offline_wandb.read(run)
     assert {start.id, scored.id} == {"0123abcd"} and {start.group, scored.group} == {"demo/vlora"}
     assert {start.job_type, scored.job_type} == {"pretrain"}
