@@ -184,27 +184,36 @@ def run(
         started(process)
         code = process.popen.wait()
     seconds = time.monotonic() - begun
-    files = sorted(out.rglob("*_results.json"))
-    if code or not files:
+    metrics = metrics_of(out, job.task)
+    if code or metrics is None:
         raise UserError(f"{job.key}: lmms-eval ended with code {code} and no result: {process.tail()} ({log})")
     samples = next(iter(sorted(out.rglob(f"*_samples_{job.task}.jsonl"))), None)
     answers = [] if samples is None else [json.loads(line) for line in samples.read_text().splitlines()]
     failed = sum(_FAILED in json.dumps(answer.get("resps")) for answer in answers)
     if failed:
         raise UserError(f"{job.key}: {failed} of {len(answers)} requests failed, so there is no score; see {log}")
-    metrics = _metrics(json.loads(files[-1].read_text()), job.task)
-    record = results.keep(job, _record(job, metrics, len(answers), seconds), samples)
+    record = results.keep(job, record_of(job, metrics, len(answers), seconds), samples)
     shutil.rmtree(out, ignore_errors=True)
     return record
 
 
-def _metrics(found: dict[str, Any], task: str) -> dict[str, float]:
-    values = found["results"][task]
+def metrics_of(out: Path, task: str) -> dict[str, float] | None:
+    """What lmms-eval has written about one task below `out`; None: nothing."""
+    # MODEL/DATE_results.json; some tasks write a file of such a name of their own, without a date.
+    files = sorted(out.glob("*/[0-9]*_results.json"))
+    if not files:
+        return None
+    values = json.loads(files[-1].read_text())["results"][task]
     numbers = {key.partition(",")[0]: value for key, value in values.items() if isinstance(value, int | float)}
     return {key: float(value) for key, value in numbers.items() if not isinstance(value, bool)}
 
 
-def _record(job: Job, metrics: dict[str, float], count: int, seconds: float) -> dict[str, Any]:
+def record_of(job: Job, metrics: dict[str, float], count: int, seconds: float) -> dict[str, Any]:
+    """A result as it is kept.
+
+    Raises:
+        UserError: a metric of the benchmark is not among `metrics`.
+    """
     one = job.benchmark
     if missing := [metric for metric in one.metric if metric not in metrics]:
         raise UserError(f"{job.key}: lmms-eval gives no {missing[0]}; it gives {', '.join(metrics) or 'nothing'}")

@@ -1,0 +1,104 @@
+"""lmms-eval itself, unmodified: our server under it, and every benchmark's own task on a miniature.
+
+Needs its environment (`make benchmarks-env`, or VLORA_BENCHMARKS), which is 7 GB and which CI has not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from tests.train import world
+from tests.train.harness import miniatures
+from tests.train.harness.runs import make_run, plant
+from train.harness import catalogue, jobs
+from train.harness.environment import Environment, Process
+from train.harness.jobs import Job
+
+try:
+    ENVIRONMENT = Environment.find()
+except UserError as error:
+    pytest.skip(f"lmms-eval is not installed: {error}", allow_module_level=True)
+
+pytestmark = pytest.mark.slow
+
+
+def test_every_task_scores_a_planted_model_as_worked_out_by_hand(tmp_path):
+    overrides = miniatures.write(tmp_path / "data")
+    benchmarks = {name: replace(catalogue.load(name), overrides=overrides[name]) for name in catalogue.names()}
+    jobs.write_tasks(tmp_path / "tasks", ENVIRONMENT, benchmarks)
+    tasks = ",".join(f"vlora_{name}" for name in benchmarks)
+    with miniatures.planted() as (address, asked):
+        command = [str(ENVIRONMENT.python), "-m", "lmms_eval", "--model", "openai", "--model_args"]
+        command += ["model_version=m,max_retries=1", "--tasks", tasks, "--include_path", str(tmp_path / "tasks")]
+        command += ["--output_path", str(tmp_path / "out"), "--log_samples", "--batch_size", "1"]
+        variables = ENVIRONMENT.variables(tmp_path / "tasks", offline=True) | {"OPENAI_API_BASE": address}
+        with Process(command, variables, tmp_path / "log") as process:
+            assert process.popen.wait(300) == 0, (tmp_path / "log").read_text()[-3000:]
+    scores = {}
+    for name, one in benchmarks.items():
+        metrics = jobs.metrics_of(tmp_path / "out", f"vlora_{name}")
+        scores[name] = jobs.record_of(Job(name, one), metrics, 4, 1.0)["score"]
+    assert scores == pytest.approx({name: score for name, (_, score) in miniatures.SAID.items()})
+    assert sorted(asked) == sorted((f"q-{name}-{n}", 1) for name in benchmarks for n in range(4))
+
+
+@pytest.mark.parametrize("connector", ["vlora", "mlp"])
+def test_a_split_scores_as_train_evaluate_does(tmp_path, connector):
+    parts = world.make(tmp_path / "world")
+    run = make_run(parts, tmp_path / "run", connector)
+    evaluate(run)
+    plant(parts, predictions(run, "test-real"), "planted")
+    evaluate(run, "split=planted")
+    ours = json.loads((run / "evaluation/planted-real.json").read_text())["accuracy"]["overall"]["percent"]
+    assert 30 < ours < 70
+    done = benchmark(run, "split=planted", "images=own,none")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((run / "evaluation/benchmarks.json").read_text())
+    scores = {one["images"]: one["score"] for one in results["results"]}
+    assert scores["own"] == ours
+    assert scores["none"] < ours
+    folder = run / "evaluation/benchmarks"
+    lines = (folder / "split_planted-own.jsonl").read_text().splitlines()
+    theirs = sorted(json.loads(line)["filtered_resps"][0].strip() for line in lines)
+    assert theirs == sorted(one["prediction"].strip() for one in predictions(run, "planted-real"))
+    # Killed before one was finished: that one alone is run again.
+    kept = (folder / "split_planted-own.json").stat().st_mtime_ns
+    (folder / "split_planted-none.json").unlink()
+    done = benchmark(run, "split=planted", "images=own,none")
+    assert "1 of 2 tasks are finished" in done.stdout
+    assert (folder / "split_planted-own.json").stat().st_mtime_ns == kept
+    assert not running(tmp_path)
+
+
+def evaluate(run: Path, *words: str) -> None:
+    subprocess.run([sys.executable, "-m", "train.evaluate", f"run={run}", *words], cwd=world.ROOT, check=True)
+
+
+def benchmark(run: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "train.benchmark", f"run={run}", *words]
+    return subprocess.run(command, cwd=world.ROOT, text=True, capture_output=True)
+
+
+def predictions(run: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (run / f"evaluation/{name}.jsonl").read_text().splitlines()]
+
+
+def running(folder: Path) -> list[str]:
+    """Processes that carry the folder in their command line."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if str(folder) in words and int(process.name) != os.getpid():
+            found.append(words)
+    return found
