@@ -95,7 +95,7 @@ def scale_losses(axis: Any, losses: list[float]) -> bool:
         axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_ylabel("loss, nats per target token (log)")
     else:
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.05 * max(losses, default=1.0))
     axis.grid(axis="y", color="0.92")
     return log
 

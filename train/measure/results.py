@@ -21,6 +21,8 @@ from train.process.run_dir import read_record
 from train.process.run_files import RunDir
 
 PHASES = ("data", "vision", "connector", "llm", "backward", "optimizer")
+BENCHMARKS = "benchmarks.json"
+"""What `train.benchmark` writes among the evaluations."""
 _AGAIN = "evaluate the run again"
 
 
@@ -194,7 +196,8 @@ def _load(path: Path, label: str) -> Results:
     run = RunDir(path)
     record = read_record(path) if run.record.exists() else {}  # an imported model has none
     facts = read_json(run.facts, "start the run again, which writes it anew") if run.facts.exists() else {}
-    evaluations = [Evaluation.read(file) for file in sorted(run.evaluation.glob("*.json"))]
+    files = sorted(set(run.evaluation.glob("*.json")) - {run.evaluation / BENCHMARKS})
+    evaluations = [Evaluation.read(file) for file in files]
     return Results(label, path, configuration.read(run.config), record, facts, read_metrics(path), evaluations)
 
 
