@@ -2,8 +2,11 @@
 
 import shlex
 
+import pytest
+
 from tests.train import world
 from train import config as configuration
+from train.cluster import sweep
 
 
 def test_stage_two_of_a_sweep_is_prepared_and_waits_for_stage_one_point_by_point(tmp_path):
@@ -31,3 +34,12 @@ def test_stage_two_of_a_sweep_is_prepared_and_waits_for_stage_one_point_by_point
         ["-m", *ours, *slurm, *both, "stage=finetune", "init_from=x", f"hydra.sweep.dir={tmp_path}/other"]
     )
     assert done.returncode == 2 and "follows a pretraining, but this sweep has stage=finetune" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "swept"),
+    [("2,4", True), ("range(1,3)", True), ("[a],[b,c]", True), ("[{path: a, weight: 1},{path: b}]", False)]
+    + [("/models/a(1)", False), ("'a,b'", False), ("qkv", False)],
+)
+def test_a_points_name_holds_what_is_swept(value, swept):
+    assert sweep._is_swept(value) == swept

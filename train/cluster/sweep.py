@@ -14,6 +14,7 @@ SWEEP_DIR/finetune/        the same of stage 2, as a sweep of its own
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -55,7 +56,7 @@ def enter(composed: DictConfig) -> DictConfig:
     overrides = [o for o in hydra.overrides.task if not o.startswith(ours)]
     if OmegaConf.select(composed, "tracking.name") is None:
         swept = set(hydra.sweeper.get("params") or {})  # and those of the command line
-        swept |= {word.partition("=")[0] for word in sys.argv if "," in word or "(" in word}
+        swept |= {word.partition("=")[0] for word in sys.argv if _is_swept(word.partition("=")[2])}
         varied = (word.partition("=") for word in overrides)
         values = [f"{key.rpartition('.')[2]}={value}" for key, _, value in varied if key in swept]
         OmegaConf.update(composed, "tracking.name", f"{group}/{hydra.job.num} {' '.join(values)}".strip()[:128])
@@ -63,6 +64,12 @@ def enter(composed: DictConfig) -> DictConfig:
     point = json.dumps({"index": hydra.job.num, "overrides": overrides})
     write_atomically(folder / MANIFEST, f"{lines}{point}\n")
     return composed
+
+
+def _is_swept(value: str) -> bool:
+    """Whether a value on a command line stands for several: `a,b` outside of brackets, `range(...)`, `choice(...)`."""
+    outside = re.sub(r"\[.*?\]", "", re.sub(r"\{.*?\}|'.*?'|\".*?\"", "", value))
+    return "," in outside or re.match(r"(choice|range|glob|interval|sort|shuffle)\(", value) is not None
 
 
 def points(folder: Path) -> dict[int, list[str]]:
