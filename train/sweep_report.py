@@ -199,6 +199,7 @@ def _plot_curves(folder: Path, rows: list[dict[str, Any]], keys: list[str]) -> b
         axis.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
         axis.plot(steps, smooth, style, color=color, linewidth=1.6, label=label)
         axis.plot(*run.series("val_loss"), "D", color=color, markeredgecolor="black", ms=5)
+    axis.xaxis.set_major_locator(plots.MaxNLocator(integer=True))
     axis.set(xlabel="step", title="training curves: mean of steps around (bold), raw (pale), validation (diamonds)")
     axis.title.set_fontsize(9)
     axis.legend(ncol=1 + len(known) // 9, fontsize=7)
