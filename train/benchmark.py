@@ -170,7 +170,7 @@ def run_jobs(
     def one(job: Job) -> None:
         on = free.get()
         try:
-            record = jobs.run(job, environment, tasks, on, results, running.add)
+            record = jobs.run(job, environment, tasks, on, results, running)
             print(f"{job.key}: {record['score']:.2f} ({record['questions']} questions)", flush=True)
         except UserError as error:
             failed.append(str(error))
@@ -179,13 +179,13 @@ def run_jobs(
             free.put(on)
 
     with ExitStack() as stack:
-        pool = ThreadPoolExecutor(max_workers=len(pending))
-        # The reverse order: nothing new is started, then lmms-eval's processes end, then the servers.
         started = []
         for number, gpu in enumerate(server.gpus()[: len(pending)]):
             on = Server.start(run, results.folder / "logs" / f"server-{number}.log", gpu, extra)
             stack.callback(on.process.stop)
             started.append(on)
+        # On the way out in reverse: no further job starts, lmms-eval's processes end, then the servers.
+        pool = ThreadPoolExecutor(max_workers=len(started))
         stack.callback(_stop_all, running)
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
         for on in started:

@@ -287,3 +287,13 @@ def test_evaluation_of_a_point(cluster: Cluster, fake_python: Path) -> None:
     assert cluster.finish(job, 60) == "COMPLETED"
     (call,) = calls(fake_python, "train.evaluate")
     assert call[2:] == ["run=/sweep/3", "images=none"]
+
+
+def test_a_suite_of_benchmarks_is_one_process(cluster: Cluster, fake_python: Path) -> None:
+    options = ("--ntasks-per-node=2", "--cpus-per-task=1", "--gpus-per-node=0", "--mem=1G")
+    command = ("sbatch", "--parsable", *options, f"--output={fake_python}/log", str(ROOT / "slurm/evaluate.sbatch"))
+    job = cluster.run(*command, "run=/r", "suite=paper", "limit=4", cwd=ROOT, VLORA_SITE=str(fake_python / "site.sh"))
+    assert cluster.finish(job, 60) == "COMPLETED"
+    (call,) = calls(fake_python, "train.benchmark")
+    assert call[2:] == ["run=/r", "suite=paper", "limit=4"]
+    assert not calls(fake_python, "train.evaluate")

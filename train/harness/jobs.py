@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -129,7 +128,7 @@ class Results:
     def keep(self, job: Job, found: dict[str, Any], samples: Path | None) -> dict[str, Any]:
         """Write a result, its predictions first."""
         if samples is not None:
-            write_atomically(self.file(job).with_suffix(".jsonl"), samples.read_text())
+            write_atomically(self.file(job).with_suffix(".jsonl"), samples.read_text(encoding="utf-8"))
         record = {**found, "identity": self.identity(job)}
         write_json(self.file(job), record)
         return record
@@ -149,7 +148,7 @@ def run(
     tasks: Path,
     server: Server,
     results: Results,
-    started: Callable[[Process], None],
+    running: set[Process],
 ) -> dict[str, Any]:
     """Run one job against a server and keep its result.
 
@@ -159,7 +158,7 @@ def run(
         tasks: Folder of `write_tasks`.
         server: Who answers.
         results: Where to keep it.
-        started: Learns of the process, to end it from elsewhere.
+        running: Holds its process while that runs, to be ended from elsewhere.
 
     Returns:
         Its record.
@@ -181,20 +180,26 @@ def run(
     variables |= {"OPENAI_API_BASE": server.address, "OPENAI_API_KEY": server.key}
     begun = time.monotonic()
     with Process(command, variables, log) as process:
-        started(process)
+        running.add(process)
         code = process.popen.wait()
+        running.discard(process)
     seconds = time.monotonic() - begun
     metrics = metrics_of(out, job.task)
     if code or metrics is None:
         raise UserError(f"{job.key}: lmms-eval ended with code {code} and no result: {process.tail()} ({log})")
     samples = next(iter(sorted(out.rglob(f"*_samples_{job.task}.jsonl"))), None)
-    answers = [] if samples is None else [json.loads(line) for line in samples.read_text().splitlines()]
-    failed = sum(_FAILED in json.dumps(answer.get("resps")) for answer in answers)
-    if failed:
-        raise UserError(f"{job.key}: {failed} of {len(answers)} requests failed, so there is no score; see {log}")
-    record = results.keep(job, record_of(job, metrics, len(answers), seconds), samples)
+    count, failed = (0, 0) if samples is None else count_answers(samples.read_text(encoding="utf-8"))
+    if failed or not count:
+        raise UserError(f"{job.key}: {failed} of {count} requests failed, so there is no score; see {log}")
+    record = results.keep(job, record_of(job, metrics, count, seconds), samples)
     shutil.rmtree(out, ignore_errors=True)
     return record
+
+
+def count_answers(samples: str) -> tuple[int, int]:
+    """Answers in what `--log_samples` writes, and those that are a failed request, which lmms-eval scores as wrong."""
+    lines = [line for line in samples.split("\n") if line]  # an answer may hold what `splitlines` takes for an end
+    return len(lines), sum(_FAILED in line for line in lines)
 
 
 def metrics_of(out: Path, task: str) -> dict[str, float] | None:

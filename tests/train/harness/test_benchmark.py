@@ -148,6 +148,12 @@ def test_an_exported_split_has_the_pixels_and_the_scoring_of_an_evaluation(tmp_p
     assert "split_task.doc_to_messages" in (tmp_path / f"moved/{name}.yaml").read_text()
 
 
+def test_a_failed_request_is_no_wrong_answer():
+    lines = [{"filtered_resps": "a\u2028b"}, {"filtered_resps": "[LMMS_EVAL_REQUEST_FAILED after 3 retries] Error"}]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    assert jobs.count_answers(text) == (2, 1)
+
+
 def encoded(image: Image.Image, kind: str) -> bytes:
     stream = io.BytesIO()
     image.save(stream, kind)

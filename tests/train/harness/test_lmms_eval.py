@@ -18,9 +18,12 @@ from common.errors import UserError
 from tests.train import world
 from tests.train.harness import miniatures
 from tests.train.harness.runs import make_run, plant
+from train import config as configuration
+from train.benchmark import split_job
 from train.harness import catalogue, jobs
 from train.harness.environment import Environment, Process
-from train.harness.jobs import Job
+from train.harness.jobs import Job, Results
+from train.harness.server import Server
 
 try:
     ENVIRONMENT = Environment.find()
@@ -50,6 +53,19 @@ def test_every_task_scores_a_planted_model_as_worked_out_by_hand(tmp_path):
     assert sorted(asked) == sorted((f"q-{name}-{n}", 1) for name in benchmarks for n in range(4))
 
 
+def test_a_server_that_is_gone_gives_no_score(tmp_path):
+    run = make_run(world.make(tmp_path / "world"), tmp_path / "run")
+    config = configuration.load(run / "config.yaml")
+    job = split_job(config, "test", tmp_path / "tasks", "own", 2)
+    jobs.write_tasks(tmp_path / "tasks", ENVIRONMENT, {})
+    results = Results(tmp_path / "results", run / "export")
+    with Process(["sleep", "600"], dict(os.environ), tmp_path / "log") as process:
+        gone = Server(process, "http://127.0.0.1:9/v1", "none")
+        with pytest.raises(UserError, match="2 of 2 requests failed, so there is no score"):
+            jobs.run(job, ENVIRONMENT, tmp_path / "tasks", gone, results, set())
+    assert results.find(job) is None
+
+
 @pytest.mark.parametrize("connector", ["vlora", "mlp"])
 def test_a_split_scores_as_train_evaluate_does(tmp_path, connector):
     parts = world.make(tmp_path / "world")
@@ -66,8 +82,8 @@ def test_a_split_scores_as_train_evaluate_does(tmp_path, connector):
     assert scores["own"] == ours
     assert scores["none"] < ours
     folder = run / "evaluation/benchmarks"
-    lines = (folder / "split_planted-own.jsonl").read_text().splitlines()
-    theirs = sorted(json.loads(line)["filtered_resps"][0].strip() for line in lines)
+    lines = (folder / "split_planted-own.jsonl").read_text().split("\n")
+    theirs = sorted(json.loads(line)["filtered_resps"].strip() for line in lines if line)
     assert theirs == sorted(one["prediction"].strip() for one in predictions(run, "planted-real"))
     # Killed before one was finished: that one alone is run again.
     kept = (folder / "split_planted-own.json").stat().st_mtime_ns
