@@ -6,6 +6,8 @@ worked out by hand, beside each.
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import threading
@@ -148,7 +150,7 @@ def write(folder: Path) -> dict[str, dict[str, Any]]:
     for name, rows in ROWS.items():
         column = "image_1" if name == "mmmu" else "image"
         for number, row in enumerate(rows):
-            row[column] = Pictures.new("RGB", (12, 12), (60 * number, len(name) * 9, 200))
+            row[column] = Pictures.new("RGB", (12, 12), colour(name, number))
         features = Features({key: _feature(key, value) for key, value in rows[0].items()})
         Dataset.from_list(rows, features=features).to_parquet(folder / f"{name}.parquet")
         overrides[name] = {
@@ -158,6 +160,17 @@ def write(folder: Path) -> dict[str, dict[str, Any]]:
         }
     overrides["gqa"]["process_docs"] = None  # it joins the pictures, which lie in a data set of their own
     return overrides
+
+
+def colour(name: str, number: int) -> tuple[int, int, int]:
+    """Of a question's picture."""
+    return 60 * number, 9 * len(name), 200
+
+
+def _colour(part: dict[str, Any]) -> tuple[int, ...]:
+    data = base64.b64decode(part["image_url"]["url"].partition(",")[2])
+    found: Any = Pictures.open(io.BytesIO(data)).convert("RGB").getpixel((5, 5))
+    return tuple(found)
 
 
 def _split(name: str) -> str:
@@ -177,13 +190,13 @@ def _feature(key: str, value: Any) -> Any:
 
 
 @contextmanager
-def planted() -> Iterator[tuple[str, list[tuple[str, int]]]]:
+def planted() -> Iterator[tuple[str, list[tuple[str, list[tuple[int, ...]]]]]]:
     """A server of the OpenAI chat API that knows the answers.
 
     Yields:
-        Its address, and what it was asked: marker and number of pictures.
+        Its address, and what it was asked: marker and the colour of every picture.
     """
-    asked: list[tuple[str, int]] = []
+    asked: list[tuple[str, list[tuple[int, ...]]]] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -191,7 +204,7 @@ def planted() -> Iterator[tuple[str, list[tuple[str, int]]]]:
             parts = body["messages"][-1]["content"]
             text = " ".join(part["text"] for part in parts if part["type"] == "text")
             marker = re.search(r"q-(\w+)-(\d)", text, re.IGNORECASE)
-            asked.append((marker[0].lower(), sum(part["type"] == "image_url" for part in parts)))
+            asked.append((marker[0].lower(), [_colour(part) for part in parts if part["type"] == "image_url"]))
             said = SAID[marker[1]][0][int(marker[2])]
             choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}
             answer = json.dumps(

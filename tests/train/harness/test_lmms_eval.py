@@ -21,6 +21,7 @@ from tests.train.harness.runs import make_run, plant
 from train import config as configuration
 from train.benchmark import split_job
 from train.harness import catalogue, jobs
+from train.harness.catalogue import Benchmark
 from train.harness.environment import Environment, Process
 from train.harness.jobs import Job, Results
 from train.harness.server import Server
@@ -34,23 +35,41 @@ pytestmark = pytest.mark.slow
 
 
 def test_every_task_scores_a_planted_model_as_worked_out_by_hand(tmp_path):
-    overrides = miniatures.write(tmp_path / "data")
-    benchmarks = {name: replace(catalogue.load(name), overrides=overrides[name]) for name in catalogue.names()}
-    jobs.write_tasks(tmp_path / "tasks", ENVIRONMENT, benchmarks)
-    tasks = ",".join(f"vlora_{name}" for name in benchmarks)
-    with miniatures.planted() as (address, asked):
-        command = [str(ENVIRONMENT.python), "-m", "lmms_eval", "--model", "openai", "--model_args"]
-        command += ["model_version=m,max_retries=1", "--tasks", tasks, "--include_path", str(tmp_path / "tasks")]
-        command += ["--output_path", str(tmp_path / "out"), "--log_samples", "--batch_size", "1"]
-        variables = ENVIRONMENT.variables(tmp_path / "tasks", offline=True) | {"OPENAI_API_BASE": address}
-        with Process(command, variables, tmp_path / "log") as process:
-            assert process.popen.wait(300) == 0, (tmp_path / "log").read_text()[-3000:]
+    benchmarks, asked = ask(tmp_path, catalogue.names(), "openai")
     scores = {}
     for name, one in benchmarks.items():
         metrics = jobs.metrics_of(tmp_path / "out", f"vlora_{name}")
         scores[name] = jobs.record_of(Job(name, one), metrics, 4, 1.0)["score"]
     assert scores == pytest.approx({name: score for name, (_, score) in miniatures.SAID.items()})
-    assert sorted(asked) == sorted((f"q-{name}-{n}", 1) for name in benchmarks for n in range(4))
+    own = [(f"q-{name}-{n}", [miniatures.colour(name, n)]) for name in benchmarks for n in range(4)]
+    assert sorted(asked) == sorted(own)
+
+
+def ask(folder: Path, names: list[str], client: str) -> tuple[dict[str, Benchmark], list]:
+    """Run the miniatures of benchmarks; what the planted model was asked."""
+    overrides = miniatures.write(folder / "data")
+    benchmarks = {name: replace(catalogue.load(name), overrides=overrides[name]) for name in names}
+    jobs.write_tasks(folder / "tasks", ENVIRONMENT, benchmarks)
+    tasks = ",".join(f"vlora_{name}" for name in benchmarks)
+    with miniatures.planted() as (address, asked):
+        command = [str(ENVIRONMENT.python), "-m", "lmms_eval", "--model", client, "--model_args"]
+        command += ["model_version=m,max_retries=1", "--tasks", tasks, "--include_path", str(folder / "tasks")]
+        command += ["--output_path", str(folder / "out"), "--log_samples", "--batch_size", "1"]
+        variables = ENVIRONMENT.variables(folder / "tasks", offline=True) | {"OPENAI_API_BASE": address}
+        with Process(command, variables, folder / "log") as process:
+            assert process.popen.wait(300) == 0, (folder / "log").read_text()[-3000:]
+    return benchmarks, asked
+
+
+@pytest.mark.parametrize("images", ["shuffled", "none"])
+def test_controls_show_a_wrong_picture_or_none(tmp_path, images):
+    _, asked = ask(tmp_path, ["gqa", "mmmu"], f"vlora_{images}")
+    shown = dict(asked)
+    assert len(asked) == len(shown) == 8
+    for name in ("gqa", "mmmu"):
+        colours = [miniatures.colour(name, n) for n in range(4)]
+        wrong = [[colours[(n + 2) % 4]] if images == "shuffled" else [] for n in range(4)]
+        assert [shown[f"q-{name}-{n}"] for n in range(4)] == wrong
 
 
 def test_a_server_that_is_gone_gives_no_score(tmp_path):
