@@ -23,7 +23,8 @@ class DamagedFile(UserError):
 
 def digest(value: Any) -> str:
     """sha256 of a JSON value, independent of key order."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def file_sha256(file: Path) -> str:

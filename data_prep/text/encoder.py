@@ -21,6 +21,9 @@ from data_prep.text.dialogues import IMAGE_TOKEN
 from data_prep.text.templates import NAMES, NEEDED, TEMPLATES, Span
 from model.batch import IGNORE
 
+_WHITE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c not in "\x1c\x1d\x1e\x1f")
+"""What a special token with `lstrip` or `rstrip` swallows: Unicode's white space, without four of Python's."""
+
 _OWN, _CONTENT = 1, 2
 """Targets: the template's own text, and that of the dialogue."""
 
@@ -52,8 +55,8 @@ class Encoded:
 
 SLOT = 0
 """Id of the dead token that the released VLoRA keeps at an image: attended by nothing, but it has a position."""
-_PLACE = "\ufdd0"
-"""Stands for an image while a dialogue is rendered: a code point that Unicode keeps out of texts."""
+_MARKS = "".join(map(chr, range(0xFDD0, 0xFDF0)))
+"""One that a dialogue has not stands for an image while it is rendered: code points that Unicode keeps out of texts."""
 
 
 class TextEncoder:
@@ -191,15 +194,18 @@ class TextEncoder:
         answers = _answers(targets)
         ends = dict.fromkeys(ids[answer.stop - 1] for answer in answers)
         begin = answers[-1].start
-        return tuple(ends), tuple(ids[begin : targets.index(_CONTENT, begin)])
+        prefix = ids[begin : targets.index(_CONTENT, begin)]
+        # Spaces alone are only how this answer's first word was cut.
+        return tuple(ends), tuple(prefix) if self._tokenizer.decode(prefix).strip(" ") else ()
 
     def _row(self, dialogue: Dialogue, images: int = 0) -> tuple[list[int], list[int], tuple[int, ...]]:
         """Ids of a whole row, what of it is a target (`_OWN`, `_CONTENT` or 0), and the places of the images.
 
         It has a start token where the tokenizer adds one, or where the first token is a target.
         """
-        shown = _with_places(dialogue, images, "\n" if self.official else "") if images else dialogue
-        ids, targets, places = self._tokens(self.render(shown))
+        mark = _unused_mark(dialogue) if images else None
+        shown = _with_places(dialogue, images, mark, "\n" if self.official else "") if mark else dialogue
+        ids, targets, places = self._tokens(self.render(shown), mark)
         if not places:  # nothing was asked: in front of the caption, after the start token
             places = [int(ids[:1] == [self._start])] * images
             if self.official and images:
@@ -212,8 +218,8 @@ class TextEncoder:
             return [self._start, *ids], [0, *targets], tuple(place + 1 for place in places)
         return ids, targets, tuple(places)
 
-    def _tokens(self, spans: list[Span]) -> tuple[list[int], list[int], list[int]]:
-        """Ids, what each is as a target, and in front of which of them images stand."""
+    def _tokens(self, spans: list[Span], image: str | None) -> tuple[list[int], list[int], list[int]]:
+        """Ids, what each is as a target, and in front of which of them images stand (in the text: `image`)."""
         ids: list[int] = []
         targets: list[int] = []
         places: list[int] = []
@@ -225,8 +231,8 @@ class TextEncoder:
         def end_run(swallowed: bool = False) -> None:
             nonlocal begun, swallow
             text = "".join(part for part, _ in run)
-            start = len(text) - len(text.lstrip()) if swallow else 0
-            text = text[start:].rstrip() if swallowed else text[start:]
+            start = len(text) - len(text.lstrip(_WHITE)) if swallow else 0
+            text = text[start:].rstrip(_WHITE) if swallowed else text[start:]
             before = len(ids)
             places.extend([before] * len(marks))
             if text:
@@ -254,13 +260,13 @@ class TextEncoder:
                     targets.append(own)
                     begun, swallow = True, token.rstrip
                 elif part:
-                    for stretch in re.split(f"({_PLACE})", part):
-                        if stretch == _PLACE and self.official:
+                    for stretch in re.split(f"({image})", part) if image else [part]:
+                        if stretch == image and self.official:
                             end_run()
                             ids.append(SLOT)
                             targets.append(0)
                             places.append(len(ids))
-                        elif stretch == _PLACE:
+                        elif stretch == image:
                             marks.append(sum(len(text) for text, _ in run))
                         elif stretch:
                             run.append((stretch, own if span.special or not own else _CONTENT))
@@ -268,17 +274,25 @@ class TextEncoder:
         return ids, targets, places
 
 
-def _with_places(dialogue: Dialogue, images: int, then: str = "") -> Dialogue:
+def _unused_mark(dialogue: Dialogue) -> str:
+    text = "".join(turn["content"] for turn in dialogue)
+    mark = next((mark for mark in _MARKS if mark not in text), None)
+    if mark is None:
+        raise DataError("the dialogue holds every character that could mark the place of an image (U+FDD0 to U+FDEF)")
+    return mark
+
+
+def _with_places(dialogue: Dialogue, images: int, mark: str, then: str = "") -> Dialogue:
     """The dialogue with a mark for every image: where its source has one, else (with `then`) before the question."""
     said = [turn["content"] if turn["role"] == "user" else "" for turn in dialogue]
     if sum(text.count(IMAGE_TOKEN) for text in said) == images:
-        texts = [text.replace(IMAGE_TOKEN, _PLACE).strip() for text in said]
+        texts = [text.replace(IMAGE_TOKEN, mark).strip() for text in said]
         return [{**turn, "content": text or turn["content"]} for turn, text in zip(dialogue, texts, strict=True)]
     first = next((n for n, turn in enumerate(dialogue) if turn["role"] == "user"), 0)
     if not said[first].strip():
         return dialogue
     question = said[first].lstrip()
-    content = said[first][: len(said[first]) - len(question)] + _PLACE * images + then + question
+    content = said[first][: len(said[first]) - len(question)] + mark * images + then + question
     return [{**turn, "content": content} if n == first else turn for n, turn in enumerate(dialogue)]
 
 

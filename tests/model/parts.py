@@ -21,7 +21,7 @@ from transformers import (
 
 from model.batch import Batch
 from model.config import ConnectorConfig, GeneratorConfig, ModelConfig, VisionConfig
-from model.connectors import VLoRAConnector, connector_class
+from model.connectors import CrossAttentionConnector, VLoRAConnector, connector_class
 from model.vision import VisionEncoder
 from model.vlm import VisionLanguageModel
 
@@ -87,13 +87,16 @@ def config(connector: str = "vlora", **generator: object) -> ModelConfig:
 def build(
     model_config: ModelConfig, llm: str = "llama-gqa", seed: int = 0, encoder: str = "dinov2"
 ) -> VisionLanguageModel:
-    """A whole tiny model whose deltas are not zero."""
+    """A whole tiny model whose image already counts: deltas are not zero, gates are open."""
     torch.manual_seed(seed)
     language, images = decoder(llm), VisionEncoder(vision(encoder), model_config.vision)
     connector = connector_class(model_config).build(model_config, language, images.num_patches, images.feature_width)
     if isinstance(connector, VLoRAConnector):
         for factors in connector.generator.output_factors.values():
             torch.nn.init.normal_(factors.weight, std=0.3)
+    if isinstance(connector, CrossAttentionConnector):
+        for block in connector.blocks:
+            torch.nn.init.constant_(block.gate, 0.7)
     return VisionLanguageModel(images, connector, language)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from data_prep.parts.tiny_llm import build_tokenizer
 from data_prep.store.pixels import PixelPreprocessor
 from data_prep.store.sample import Sample
 from data_prep.text.encoder import TextEncoder
@@ -163,3 +164,12 @@ def test_tiles_of_an_image_stand_together(tokenizer):
     batch = collate([piece], pixels, encoder.pad_id)
     first, second = piece.rows[0].image_at
     assert batch.image_at.tolist() == [[first] * 3 + [second] * 3] and first < second
+
+
+def test_a_text_may_hold_the_character_that_marks_an_image():
+    tokenizer = build_tokenizer(["what is it? a cat"])
+    encoder = TextEncoder(tokenizer, "qa")
+    talk = [{"role": "user", "content": "what \ufdd0 is it?"}, {"role": "assistant", "content": "a \ufdd0 cat"}]
+    plain, row = encoder.encode(talk), encoder.encode(talk, 2)
+    assert (row.input_ids, row.labels) == (plain.input_ids, plain.labels) and len(row.image_at) == 2
+    assert "\ufdd0" in tokenizer.decode(row.input_ids)

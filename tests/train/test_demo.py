@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from common.files import read_json, write_json
 from tests.train.world import ROOT
 from train import demo
 from train.measure.tracking import read_metrics
@@ -54,11 +55,11 @@ def test_the_report_is_whole(out):
 
 def test_precision_is_what_was_measured_faster_and_stays(tmp_path, capsys):
     chosen = demo.precision(tmp_path)
-    measured = json.loads((tmp_path / "precision.json").read_text())
+    measured = read_json(tmp_path / "precision.json", "")
     seconds = measured["product_seconds"]
     assert chosen == ("bf16" if seconds["bf16"] < 0.8 * seconds["fp32"] else "fp32")
     assert f"precision: {chosen}" in capsys.readouterr().out
     other = {"bf16": "fp32", "fp32": "bf16"}[chosen]  # a demo that is called again keeps to its first choice
-    (tmp_path / "precision.json").write_text(json.dumps(measured | {"chosen": other}))
+    write_json(tmp_path / "precision.json", measured | {"chosen": other})
     assert demo.precision(tmp_path) == other
     assert capsys.readouterr().out == ""

@@ -73,4 +73,4 @@ def test_data_prep_counts_them(tmp_path):
     assert verifier.statistics["tokens"] == {"all": 14, "supervised": 4, "unknown": 1}
     manifest = read_manifest(split(tmp_path / "set", ["seven"]).folder)
     manifest.statistics["tokens"] = dict(verifier.statistics["tokens"])
-    assert "1 of the tokens to learn (25.0 %) cannot be spelled" in " ".join(to_look_at(manifest))
+    assert "1 of the tokens to learn (25.00%) cannot be spelled" in " ".join(to_look_at(manifest))

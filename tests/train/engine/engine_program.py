@@ -313,7 +313,7 @@ def evaluation_first(results: dict) -> None:
             engine = Engine(model, config, total_steps=10, accumulation=1)
             batch = part(global_batch([0, 1, 2, 3], 0), 4 // WORLD * RANK, 4 // WORLD * (RANK + 1))
             uses = {
-                "answer": lambda m, b=batch: m.generate(b, 3, 0, 2).float(),
+                "answer": lambda m, b=batch: m.generate(b, 3, 0, (2,)).float(),
                 "loss": lambda m, b=batch: m(b).loss_sum,
                 "features": lambda m, b=batch: features_of(m, b),
             }

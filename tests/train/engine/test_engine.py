@@ -73,7 +73,7 @@ def test_nan_on_one_rank_skips_the_step_everywhere_and_ends_the_run_if_it_stays(
 def test_any_use_may_come_first(results):
     """All encoders and connectors, ZeRO 0 to 3: answers, a loss or features before the first step."""
     cases = {name: value for name, value in results.items() if name.startswith("order/")}
-    assert len(cases) == 7 + 4 + 3 * 2  # the SigLIP cases under ZeRO-3 begin in all four ways
+    assert len(cases) == 8 + 4 + 3 * 2  # the SigLIP cases under ZeRO-3 begin in all four ways
     assert {name: value for name, value in cases.items() if not value < 1e-5} == {}
 
 
