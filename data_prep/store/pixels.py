@@ -19,6 +19,7 @@ from common.settings import check
 from data_prep.store.errors import DataError
 from data_prep.store.images import WHITE, open_image, to_rgb
 from model.config import VisionConfig
+from model.loading import pretrained_config
 
 MAX_CANVAS = 64 << 20
 """Pixels of the largest picture made on the way to a view. Long strips would need more (a file of a hundred bytes, some
@@ -271,7 +272,7 @@ def load_preprocessor(vision: VisionConfig) -> PixelPreprocessor:
     own = crop or shortest
     if own is None or "image_mean" not in settings:
         raise DataError(f"preprocessor_config.json of {path} names no size or no image_mean")
-    size = size or own
+    size = size or _trained_size(vision) or own
     return PixelPreprocessor(
         mode=mode,
         size=size,
@@ -283,6 +284,15 @@ def load_preprocessor(vision: VisionConfig) -> PixelPreprocessor:
         max_tiles=vision.max_tiles,
         transparent=vision.transparent,
     )
+
+
+def _trained_size(vision: VisionConfig) -> int | None:
+    """Side of the images that the encoder's positions are for: that of `model.vision`, and not always its processor's
+    (DINOv2 was trained at 518 and crops to 224). None where no configuration lies beside the processor's.
+    """
+    if Path(vision.path).is_dir() and not (Path(vision.path) / "config.json").is_file():
+        return None
+    return getattr(pretrained_config("vision", vision.path, vision.architecture), "image_size", None)
 
 
 def _settings(path: str | Path) -> dict[str, Any]:

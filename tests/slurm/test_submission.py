@@ -233,7 +233,6 @@ def test_submitted_from_elsewhere_says_so(cluster: Cluster, tmp_path: Path) -> N
 STUBBORN = """
 import signal, sys
 from pathlib import Path
-from data_prep import schema
 from tests.slurm.cluster import Cluster, wait
 cluster = Cluster(Path(sys.argv[1]), nodes=1, prefix='m')
 cluster.start()

@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from common.files import read_json
 from tests.slurm import offline_wandb
 from tests.slurm.cluster import wait
 from tests.slurm.conftest import ROOT, Site, losses
@@ -135,7 +136,7 @@ def test_a_failed_link_stops_the_chain(site: Site, tmp_path: Path) -> None:
     recipe = ["recipe=smollm2_135m/pretrain"]
     done = train(other, "train.chain", str(folder), *shape, *small, *data, *overrides, *recipe)
     assert done.returncode == 0, done.stderr
-    jobs = json.loads((folder / "chain.json").read_text())
+    jobs = read_json(folder / "chain.json", "-")
     assert list(jobs) == ["prepare", "pretrain", "finetune", "evaluate"]
     for job in jobs.values():
         site.cluster.finish(job, 60)
@@ -146,6 +147,6 @@ def test_a_failed_link_stops_the_chain(site: Site, tmp_path: Path) -> None:
 def test_without_slurm_the_error_is_clear(site: Site, tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "PATH"} | {"PATH": str(tmp_path)}
     (tmp_path / "bash").symlink_to("/bin/bash")
-    code = "from train import slurm; slurm.submit(['sbatch'])"
+    code = "from train.cluster import slurm; slurm.submit(['sbatch'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert "sbatch is not found" in done.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from omegaconf import OmegaConf
 
 from common.places import CONF
@@ -14,7 +16,7 @@ def first_of(group: str, *names: str) -> str:
 
 def only_for(path: str, own: str, value: int | None) -> int | None:
     """`${only_for:PATH,OWN,VALUE}`: a value that belongs to the model at OWN; null when PATH is another one."""
-    return value if path == own else None
+    return value if Path(path).expanduser().resolve() == Path(own).expanduser().resolve() else None
 
 
 def register() -> None:

@@ -1,13 +1,14 @@
 """Image modes, against the Hugging Face processors and LLaVA's definition of padding."""
 
 import io
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import BitImageProcessor, CLIPImageProcessor, LlavaNextImageProcessor
+from transformers import BitImageProcessor, CLIPImageProcessor, Dinov2Config, LlavaNextImageProcessor
 
 from common.errors import ConfigError
 from data_prep.store import pixels as pixels_module
@@ -174,3 +175,16 @@ def test_unknown_image_mode_and_missing_settings(tmp_path):
         load_preprocessor(vision(tmp_path, "tiles", max_tiles=1))
     with pytest.raises(DataError, match="preprocessor_config.json is missing"):
         load_preprocessor(vision(tmp_path, "crop"))
+
+
+def test_an_encoder_trained_at_another_size_than_its_processor_crops_to(tmp_path):
+    """DINOv2: pixels have the size that the encoder's positions are for, as `VisionEncoder` takes it."""
+    processor = {"size": {"shortest_edge": 32}, "do_center_crop": True, "crop_size": {"height": 28, "width": 28}}
+    processor |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    assert load_preprocessor(VisionConfig(path=str(tmp_path))).size == 28
+    Dinov2Config(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
+    ).save_pretrained(tmp_path)
+    assert load_preprocessor(VisionConfig(path=str(tmp_path))).size == 56
+    assert load_preprocessor(VisionConfig(path=str(tmp_path), image_size=28)).size == 28
