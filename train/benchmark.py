@@ -4,11 +4,12 @@
     python -m train.benchmark run=outputs/RUN suite=paper         # the ten of the paper's Tables 1 and 6
     python -m train.benchmark run=outputs/RUN suite=seeing        # POPE, GQA, VQAv2: own image, a wrong one, none
     python -m train.benchmark run=outputs/RUN split=test          # a prepared split, as train.evaluate scores it
+    python -m train.benchmark run=outputs/RUN suite=all ranks=8   # in lmms-eval's own processes, no server
 
-Starts one server per GPU, runs lmms-eval in its own environment (`make benchmarks-env`) task by task, and writes
-RUN/evaluation/benchmarks.json and benchmarks.md; one file per finished task, with its predictions, lies in
-RUN/evaluation/benchmarks. Run it again after it was stopped: finished tasks are not run again. What each benchmark is
-asked, and how it is scored, is in conf/benchmark.
+Starts one server per GPU (with ranks=N lmms-eval itself answers), runs lmms-eval in its own environment (`make
+benchmarks-env`) task by task, and writes RUN/evaluation/benchmarks.json and benchmarks.md; one file per finished task,
+with its predictions, lies in RUN/evaluation/benchmarks. Run it again after it was stopped: finished tasks are not run
+again. What each benchmark is asked, and how it is scored, is in conf/benchmark.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from train.harness import catalogue, jobs, local, server, table
 from train.harness.catalogue import IMAGES, Benchmark
 from train.harness.environment import Environment, Process
 from train.harness.jobs import Job, Results
+from train.harness.ranks import Ranks
 from train.harness.server import Server
 from train.measure.tracking import log_scores
 from train.process.run_files import RunDir
@@ -52,6 +54,8 @@ class Options:
         split: Also a prepared split: `test` or `val` of the run's data, or a folder below its `data.root`.
         images: `own`, `shuffled` or `none`, with commas between; null: as the suite says.
         limit: Ask the first questions alone (of a split: a fixed random choice, as train.evaluate's `max_samples`).
+        ranks: Answer in so many processes of lmms-eval itself, one per GPU; null: by one server per GPU, which stays up
+            from task to task.
         fetch: Only bring the data into the cache that jobs read, on a machine with internet.
         environment: Where lmms-eval is; null: `$VLORA_BENCHMARKS`, or `.venv-benchmarks` of the checkout.
         llm, vision: `llm.path=...`, `vision.path=...`: where the run's base models are now, if they have moved.
@@ -63,6 +67,7 @@ class Options:
     split: str | None = None
     images: str | None = None
     limit: int | None = setting(None, within="[1, 1e9]")
+    ranks: int | None = setting(None, within="[1, 1024]")
     fetch: bool = False
     environment: str | None = setting(None, path=True)
     llm: MovedTo = field(default_factory=MovedTo)
@@ -145,9 +150,15 @@ def _stoppable() -> Iterator[None]:
 
 
 def run_jobs(
-    pending: Sequence[Job], run: Path, environment: Environment, tasks: Path, results: Results, extra: list[str]
+    pending: Sequence[Job],
+    run: Path,
+    environment: Environment,
+    tasks: Path,
+    results: Results,
+    moved: dict[str, str],
+    ranks: int | None = None,
 ) -> list[str]:
-    """Run jobs on one server per GPU, each server one at a time.
+    """Run jobs on one server per GPU, each server one at a time, or one after another on ranks.
 
     Args:
         pending: What to run.
@@ -155,7 +166,8 @@ def run_jobs(
         environment: lmms-eval's.
         tasks: Folder of its tasks.
         results: Where results are kept.
-        extra: Further words for the servers.
+        moved: `llm`, `vision`: where the run's base models are now, if they have moved.
+        ranks: Processes that answer in place of servers.
 
     Returns:
         What went wrong, one line per job that has no result.
@@ -165,7 +177,7 @@ def run_jobs(
     """
     failed: list[str] = []
     running: set[Process] = set()
-    free: SimpleQueue[Server] = SimpleQueue()
+    free: SimpleQueue[Server | Ranks] = SimpleQueue()
 
     def one(job: Job) -> None:
         on = free.get()
@@ -180,14 +192,16 @@ def run_jobs(
 
     with ExitStack() as stack:
         started = []
-        for number, gpu in enumerate(server.gpus()[: len(pending)]):
-            on = Server.start(run, results.folder / "logs" / f"server-{number}.log", gpu, extra)
+        for number, gpu in enumerate(server.gpus()[: len(pending)] if ranks is None else ()):
+            on = Server.start(run, results.folder / "logs" / f"server-{number}.log", gpu, moved)
             stack.callback(on.process.stop)
             started.append(on)
         # On the way out in reverse: no further job starts, lmms-eval's processes end, then the servers.
-        pool = ThreadPoolExecutor(max_workers=len(started))
+        pool = ThreadPoolExecutor(max_workers=max(1, len(started)))
         stack.callback(_stop_all, running)
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+        if ranks is not None:
+            free.put(Ranks(run, ranks, moved))
         for on in started:
             on.wait()
             free.put(on)
@@ -251,8 +265,7 @@ def main() -> int:
     with _stoppable():
         if pending:
             _require_data(environment, tasks, pending)
-            extra = [f"{part}.path={path}" for part, path in _moved(options).items()]
-            failed = run_jobs(pending, run, environment, tasks, results, extra)
+            failed = run_jobs(pending, run, environment, tasks, results, _moved(options), options.ranks)
     report(run, results, wanted, config)
     if failed:
         print(f"error: {len(failed)} of {len(pending)} tasks have no result; first: {failed[0]}", file=sys.stderr)

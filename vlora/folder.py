@@ -85,17 +85,19 @@ def _damage(folder: Path, written: int) -> str | None:
 
 def read_config(folder: Path) -> VLoRAConfig:
     """The configuration of a folder that `find` returned, of an earlier version too."""
-    from vlora import legacy
+    if (folder / "config.json").is_file():
+        return VLoRAConfig.from_pretrained(folder)
+    from vlora import legacy  # which needs OmegaConf: the folders of this version do without
 
-    return VLoRAConfig.from_pretrained(folder) if (folder / "config.json").is_file() else legacy.read_config(folder)
+    return legacy.read_config(folder)
 
 
 def read_processor(folder: Path, vision: str | None = None) -> VLoRAProcessor:
     """The processor of a folder that `find` returned; see `load` for `vision`."""
-    from vlora import legacy
-
     if (folder / "config.json").is_file():
         return VLoRAProcessor.from_pretrained(folder)
+    from vlora import legacy
+
     return legacy.read_processor(folder, vision)
 
 

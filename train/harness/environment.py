@@ -17,6 +17,8 @@ from common.errors import UserError
 from common.places import CHECKOUT
 
 VERSION = "0.7.3"
+PYTHON = "python"
+"""Folder, in that of the tasks, of our packages as its processes import them."""
 _HOW = "make benchmarks-env builds it, or name one with environment=FOLDER"
 
 
@@ -54,19 +56,13 @@ class Environment:
         """Variables of its processes: none of this environment's Python, and no judge that costs money.
 
         Args:
-            path: Folder of modules of ours.
+            path: Folder of `jobs.write_tasks`.
             offline: Take data from the cache alone.
         """
-        left_out = (
-            "PYTHON",
-            "OPENAI_",
-            "SLURM_",
-            "RANK",
-            "WORLD_SIZE",
-            "LOCAL_RANK",
-        )  # it would take itself for a rank
+        # With the variables of a rank it would take itself for one.
+        left_out = ("PYTHON", "OPENAI_", "SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK")
         kept = {key: value for key, value in os.environ.items() if not key.startswith(left_out)}
-        ours = {"PYTHONPATH": str(path), "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+        ours = {"PYTHONPATH": str(path / PYTHON), "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
         # A judge that is asked in spite of all finds nobody.
         ours |= {"OPENAI_API_URL": "http://127.0.0.1:9/none", "OPENAI_API_KEY": "none", "NO_PROXY": "127.0.0.1"}
         if offline:

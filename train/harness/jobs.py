@@ -14,13 +14,17 @@ import yaml
 from common.errors import UserError
 from common.files import DamagedFile, digest, read_json, write_atomically, write_json
 from train.harness.catalogue import Benchmark
-from train.harness.environment import VERSION, Environment, Process
+from train.harness.environment import PYTHON, VERSION, Environment, Process
 from train.harness.local import INSIDE
-from train.harness.server import NAME, ROWS, Server
+from train.harness.ranks import Ranks
+from train.harness.server import Server
 
 # How lmms-eval writes down a request that failed, which it then scores as an answer.
 _FAILED = "[LMMS_EVAL_REQUEST_FAILED"
-_CLIENT = {"own": "openai", "shuffled": "vlora_shuffled", "none": "vlora_none"}
+ENTRY_POINT = "train.harness.inside.registry:manifests"
+"""Of our models for lmms-eval; pyproject.toml names it too, for who installs this package there."""
+# What runs inside lmms-eval's environment, whatever else is installed there.
+_PACKAGES = ("common", "data_prep", "model", "train", "vlora")
 
 
 @dataclass(frozen=True)
@@ -57,15 +61,18 @@ class Job:
 
 def write_tasks(folder: Path, environment: Environment, benchmarks: dict[str, Benchmark]) -> None:
     """Fill the folder that lmms-eval is started with: our settings on top of its own task files, and our modules."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for module in INSIDE.glob("*.py"):
-        if module.name != "split_task.py":
-            shutil.copyfile(module, folder / module.name)
+    python = folder / PYTHON
+    python.mkdir(parents=True, exist_ok=True)
+    for module in ("judges.py", "load_data.py"):
+        shutil.copyfile(INSIDE / module, folder / module)
+    for name in _PACKAGES:
+        (python / name).unlink(missing_ok=True)
+        (python / name).symlink_to(Path(__file__).resolve().parents[2] / name)
     # An installed package as Python sees it: so lmms-eval finds its entry point without anything being installed.
-    package = folder / "vlora_controls-0.dist-info"
+    package = python / "vlora_lmms_eval-0.dist-info"
     package.mkdir(exist_ok=True)
-    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: vlora-controls\nVersion: 0\n")
-    (package / "entry_points.txt").write_text("[lmms_eval.models]\nvlora_controls = vlora_controls:manifests\n")
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: vlora-lmms-eval\nVersion: 0\n")
+    (package / "entry_points.txt").write_text(f"[lmms_eval.models]\nvlora = {ENTRY_POINT}\n")
     for name, one in benchmarks.items():
         write_atomically(folder / f"vlora_{name}.yaml", task_file(name, one, environment.tasks))
 
@@ -146,17 +153,17 @@ def run(
     job: Job,
     environment: Environment,
     tasks: Path,
-    server: Server,
+    answering: Server | Ranks,
     results: Results,
     running: set[Process],
 ) -> dict[str, Any]:
-    """Run one job against a server and keep its result.
+    """Run one job and keep its result.
 
     Args:
         job: What to run.
         environment: lmms-eval's.
         tasks: Folder of `write_tasks`.
-        server: Who answers.
+        answering: Who answers.
         results: Where to keep it.
         running: Holds its process while that runs, to be ended from elsewhere.
 
@@ -170,14 +177,11 @@ def run(
     log.unlink(missing_ok=True)
     out = results.folder / "work" / job.key
     shutil.rmtree(out, ignore_errors=True)
-    arguments = f"model_version={NAME},num_concurrent={2 * ROWS},max_retries=3"
-    command = [str(environment.python), "-m", "lmms_eval", "--model", _CLIENT[job.images], "--model_args", arguments]
-    command += ["--tasks", job.task, "--batch_size", "1", "--output_path", str(out), "--log_samples"]
-    command += ["--include_path", str(tasks)]
+    command = [str(environment.python), *answering.words(job.images)]
+    command += ["--tasks", job.task, "--output_path", str(out), "--log_samples", "--include_path", str(tasks)]
     if job.limit:
         command += ["--limit", str(job.limit)]
-    variables = environment.variables(tasks, offline=True)
-    variables |= {"OPENAI_API_BASE": server.address, "OPENAI_API_KEY": server.key}
+    variables = environment.variables(tasks, offline=True) | answering.variables()
     begun = time.monotonic()
     with Process(command, variables, log) as process:
         running.add(process)
@@ -191,7 +195,7 @@ def run(
     count, failed = (0, 0) if samples is None else count_answers(samples.read_text(encoding="utf-8"))
     if failed or not count:
         raise UserError(f"{job.key}: {failed} of {count} requests failed, so there is no score; see {log}")
-    record = results.keep(job, record_of(job, metrics, count, seconds), samples)
+    record = results.keep(job, record_of(job, metrics, count, seconds, answering.label), samples)
     shutil.rmtree(out, ignore_errors=True)
     return record
 
@@ -204,8 +208,8 @@ def count_answers(samples: str) -> tuple[int, int]:
 
 def metrics_of(out: Path, task: str) -> dict[str, float] | None:
     """What lmms-eval has written about one task below `out`; None: nothing."""
-    # MODEL/DATE_results.json; some tasks write a file of such a name of their own, without a date.
-    files = sorted(out.glob("*/[0-9]*_results.json"))
+    # DATE_results.json, for some models in a folder of their name; some tasks write one of their own, without a date.
+    files = sorted(out.rglob("[0-9]*_results.json"))
     if not files:
         return None
     values = json.loads(files[-1].read_text())["results"][task]
@@ -213,7 +217,7 @@ def metrics_of(out: Path, task: str) -> dict[str, float] | None:
     return {key: float(value) for key, value in numbers.items() if not isinstance(value, bool)}
 
 
-def record_of(job: Job, metrics: dict[str, float], count: int, seconds: float) -> dict[str, Any]:
+def record_of(job: Job, metrics: dict[str, float], count: int, seconds: float, by: str = "server") -> dict[str, Any]:
     """A result as it is kept.
 
     Raises:
@@ -237,5 +241,6 @@ def record_of(job: Job, metrics: dict[str, float], count: int, seconds: float) -
         "judge": one.judge,
         "note": one.note,
         "lmms_eval": VERSION,
+        "answered_by": by,
         "seconds": round(seconds, 1),
     }

@@ -35,15 +35,27 @@ class Server:
     address: str
     key: str
 
+    label = "server"
+
+    def words(self, images: str) -> list[str]:
+        """Of lmms-eval's command line, that it asks this server, showing one of `catalogue.IMAGES`."""
+        client = "openai" if images == "own" else f"openai_{images}"
+        arguments = f"model_version={NAME},num_concurrent={2 * ROWS},max_retries=3"
+        return ["-m", "lmms_eval", "--model", client, "--model_args", arguments, "--batch_size", "1"]
+
+    def variables(self) -> dict[str, str]:
+        """Of lmms-eval's environment."""
+        return {"OPENAI_API_BASE": self.address, "OPENAI_API_KEY": self.key}
+
     @classmethod
-    def start(cls, run: Path, log: Path, gpu: str | None, extra: list[str]) -> Server:
+    def start(cls, run: Path, log: Path, gpu: str | None, moved: dict[str, str]) -> Server:
         """Start one; it loads while the caller goes on.
 
         Args:
             run: Run directory with an export.
             log: File for its output.
             gpu: The one it may use, as CUDA_VISIBLE_DEVICES names it; None: it runs on the CPU.
-            extra: Further `key=value` words of `python -m serve`.
+            moved: `llm`, `vision`: where the run's base models are now, if they have moved.
         """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -52,7 +64,8 @@ class Server:
         # The images of documents are large, and PNG makes them larger; the answers wait for nobody but our own client.
         limits = [f"max_rows={ROWS}", f"max_waiting={4 * ROWS}", "max_body_mb=500", "max_pixels=1000000000"]
         command = [sys.executable, "-m", "serve", f"run={run}", f"port={port}", f"name={NAME}", "timeout=3600"]
-        command += [*limits, f"device={'cpu' if gpu is None else 'cuda'}", *extra]
+        command += [*limits, f"device={'cpu' if gpu is None else 'cuda'}"]
+        command += [f"{part}.path={path}" for part, path in moved.items()]
         variables = {**os.environ, "VLORA_API_KEY": key, "PYTHONUNBUFFERED": "1"}
         if gpu is not None:
             variables["CUDA_VISIBLE_DEVICES"] = gpu

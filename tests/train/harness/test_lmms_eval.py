@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def ask(folder: Path, names: list[str], client: str) -> tuple[dict[str, Benchmar
 
 @pytest.mark.parametrize("images", ["shuffled", "none"])
 def test_controls_show_a_wrong_picture_or_none(tmp_path, images):
-    _, asked = ask(tmp_path, ["gqa", "mmmu"], f"vlora_{images}")
+    _, asked = ask(tmp_path, ["gqa", "mmmu"], f"openai_{images}")
     shown = dict(asked)
     assert len(asked) == len(shown) == 8
     for name in ("gqa", "mmmu"):
@@ -104,13 +105,52 @@ def test_a_split_scores_as_train_evaluate_does(tmp_path, connector):
     lines = (folder / "split_planted-own.jsonl").read_text().split("\n")
     theirs = sorted(json.loads(line)["filtered_resps"].strip() for line in lines if line)
     assert theirs == sorted(one["prediction"].strip() for one in predictions(run, "planted-real"))
-    # Killed before one was finished: that one alone is run again.
-    kept = (folder / "split_planted-own.json").stat().st_mtime_ns
-    (folder / "split_planted-none.json").unlink()
-    done = benchmark(run, "split=planted", "images=own,none")
-    assert "1 of 2 tasks are finished" in done.stdout
-    assert (folder / "split_planted-own.json").stat().st_mtime_ns == kept
+    # Killed before one was finished: that one alone is run again, now by lmms-eval's own ranks.
+    kept = (folder / "split_planted-none.json").stat().st_mtime_ns
+    (folder / "split_planted-own.json").unlink()
+    done = benchmark(run, "split=planted", "images=own,none", "ranks=2")
+    assert "1 of 2 tasks are finished" in done.stdout, done.stderr
+    assert (folder / "split_planted-none.json").stat().st_mtime_ns == kept
+    results = {one["images"]: one for one in json.loads((run / "evaluation/benchmarks.json").read_text())["results"]}
+    assert results["own"]["score"] == ours and results["own"]["answered_by"] == "2 ranks"
+    again = (folder / "split_planted-own.jsonl").read_text().split("\n")
+    assert sorted(json.loads(line)["filtered_resps"].strip() for line in again if line) == theirs
     assert not running(tmp_path)
+
+
+def test_given_answers_are_weighed_as_in_training(tmp_path):
+    """In batches of unlike rows, with images and without, as one row after the other has its loss."""
+    parts = world.make(tmp_path / "world")
+    runs = [make_run(parts, tmp_path / name, name) for name in ("vlora", "mlp")]
+    jobs.write_tasks(tmp_path / "tasks", ENVIRONMENT, {})
+    script = textwrap.dedent("""
+        import sys
+        from types import SimpleNamespace
+        import torch
+        from PIL import Image
+        from lmms_eval.models import get_model
+        for run in sys.argv[1:]:
+            model = get_model("vlora", force_simple=True).create_from_arg_string(f"run={run}", {"batch_size": 3})
+            images = [[Image.new("RGB", (28, 28), colour)] for colour in ("red", "blue")] + [None, []]
+            model.task_dict = {"t": {"s": list(range(4))}}
+            asked = [("what color is the shape?", " red"), ("red?", "is there a blue shape?"), ("is there?", "no")]
+            asked = [(*one, lambda n: images[n], n, "t", "s") for n, one in enumerate([*asked, asked[0]])]
+            found = model.loglikelihood([SimpleNamespace(args=one) for one in [*asked, ("", "yes")]])
+            shown = [images[one[3]] or [] for one in asked] + [[]]
+            for (text, answer, *_), pictures, (total, greedy) in zip([*asked, ("", "yes")], shown, found, strict=True):
+                turns = [{"role": "user", "content": text}, {"role": "assistant", "content": answer.strip()}]
+                row = model.processor.text.encode(turns, len(pictures))
+                inputs = model.processor.batch([row.input_ids], [pictures], [row.image_at])
+                out = model.model(**inputs, labels=torch.tensor([row.labels]))
+                alone = -float(out.loss) * sum(label >= 0 for label in row.labels)
+                assert abs(total - alone) < 1e-4 * abs(alone), (run, text, total, alone)
+            print("weighed", len(found))
+    """)
+    (tmp_path / "weigh.py").write_text(script)
+    command = [str(ENVIRONMENT.python), str(tmp_path / "weigh.py"), *map(str, runs)]
+    variables = ENVIRONMENT.variables(tmp_path / "tasks", offline=True)
+    done = subprocess.run(command, env=variables, text=True, capture_output=True)
+    assert done.stdout.count("weighed 5") == 2, done.stderr[-3000:]
 
 
 def evaluate(run: Path, *words: str) -> None:

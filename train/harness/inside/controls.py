@@ -1,31 +1,21 @@
-"""lmms-eval's OpenAI client with every question's image exchanged or taken away. Runs in lmms-eval's environment."""
+"""A model of lmms-eval with every question's image exchanged or taken away. Runs in lmms-eval's environment."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+from lmms_eval.api.model import lmms
 from lmms_eval.models.chat.openai import OpenAICompatible
-from lmms_eval.models.registry_v2 import ModelManifest
 
 _TRIES = 1000
 
 
-def manifests() -> list[ModelManifest]:
-    """What the entry point `lmms_eval.models` names."""
-    return [
-        ModelManifest(f"vlora_{images}", chat_class_path=f"{__name__}.{name}")
-        for images, name in (("shuffled", "Shuffled"), ("none", "NoImage"))
-    ]
-
-
-class _Controlled(OpenAICompatible):
-    """Asks the task's own questions; what they show is `shown`'s to say."""
-
-    is_simple = False
+class _Controlled(lmms):
+    """Asks the task's own questions; what they show is `shown`'s to say. Stands before the model in a class's bases."""
 
     def generate_until(self, requests: list[Any]) -> list[Any]:
-        """As the parent does."""
+        """As the model does."""
         for request in requests:
             context, to_messages, options, doc, task, split = request.args
             documents = self.task_dict[task][split]
@@ -68,6 +58,14 @@ class NoImage(_Controlled):
             return own
 
         return messages
+
+
+class ServerShuffled(Shuffled, OpenAICompatible):
+    """Asked of a server."""
+
+
+class ServerNoImage(NoImage, OpenAICompatible):
+    """Asked of a server."""
 
 
 def _images(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
