@@ -5,6 +5,8 @@ CONNECTORS ?= vlora
 VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
+# Many containers forbid bytecode. Every process would compile torch and DeepSpeed anew, for 7 s.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help venv benchmarks-env demo compare kernels gpu gpu-wheels wheelhouse zoo sweep test chaos test-slurm check clean
 
@@ -19,11 +21,12 @@ demo: $(VENV)/.installed          ## prepare, pretrain, finetune, evaluate, repo
 compare: $(VENV)/.installed       ## the demo with VLoRA and the LLaVA-style projector side by side
 	$(BIN)/python -m train.demo --out outputs/compare --connectors vlora mlp
 
+# Two files at a time, those that take longest first (tests/conftest.py).
 test: $(VENV)/.test-installed     ## all tests
 	$(BIN)/python -m data_prep.parts
 	$(BIN)/python -m data_prep source=easy_vqa
 	$(BIN)/python -m data_prep.parts.tiny_llm
-	$(BIN)/python -m pytest -m "not slurm" $(ARGS)
+	$(BIN)/python -m pytest -m "not slurm" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 chaos: $(VENV)/.test-installed    ## kills, damage and a long run (ARGS="kills --count 200 --seed 0", "damage", "soak")
 	$(BIN)/python -m tests.chaos $(or $(ARGS),kills)

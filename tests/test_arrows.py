@@ -1,6 +1,9 @@
 """The allowed arrows between folders: common <- model <- data_prep <- train, and model <- vlora, serve."""
 
 import ast
+import re
+import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ ALLOWED = {
 }
 KNOW_NO = {"common": ("hydra", "deepspeed"), "model": ("hydra", "omegaconf", "deepspeed", "datasets", "wandb")}
 """Model and common are a library: nothing in them starts, composes or trains."""
+PINS = ("requirements.txt", "requirements-serve.txt")
 ROOMS = [room for room in ("common", "model", "data_prep", "vlora", "train", "serve") if (ROOT / room).is_dir()]
 FILES = sorted(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))
 
@@ -52,3 +56,22 @@ def test_every_module_says_its_job_in_its_first_line():
         said = ast.get_docstring(ast.parse(file.read_text()))
         if file.name != "__init__.py" or file.read_text().strip():
             assert said and len(said.splitlines()[0]) > 10, f"{file.relative_to(ROOT)} has no docstring"
+
+
+OPTIONAL = {"triton", "apex", "liger_kernel", "lmms_eval"}
+"""Modules that a machine may lack: what needs them says so."""
+
+
+def test_what_is_imported_is_declared():
+    """Not left to come along with something else, which may leave it out in its next version."""
+    declared = {name: set(re.findall(r"^([\w-]+)==", (ROOT / name).read_text().lower(), re.MULTILINE)) for name in PINS}
+    installed = packages_distributions()
+    wrong = []
+    for file in FILES:
+        room = file.relative_to(ROOT).parts[0]
+        known = set().union(*(names for pin, names in declared.items() if room == "serve" or "serve" not in pin))
+        for module in {name.split(".")[0] for name in imports(file)} - set(ROOMS) - OPTIONAL - sys.stdlib_module_names:
+            packages = {name.lower().replace("_", "-") for name in installed.get(module, [module])}
+            if not packages & known:
+                wrong.append(f"{file.relative_to(ROOT)} imports {module}, which no requirements file names")
+    assert not wrong, "\n".join(wrong)
