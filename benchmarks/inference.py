@@ -68,7 +68,7 @@ class Options:
     batch: str = "1,16"
     new: int = setting(32, within="[2, 10000]")
     repeats: int = setting(5, within="[1, 1000]")
-    threads: int | None = 1
+    threads: int | None = setting(1, within="[1, 1024]")
     precision: str = setting("bf16", choices=("fp32", "bf16"))
     device: str = "cpu"
     out: str | None = None

@@ -9,6 +9,7 @@ import textwrap
 import types
 import typing
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
@@ -83,12 +84,16 @@ def typed(schema: type, tree: dict[str, Any]) -> Any:
 
 
 def _check_shapes(schema: type, tree: dict[str, Any], prefix: str) -> None:
-    """Lists where lists belong, and known keys in their elements: what OmegaConf's messages give no name to."""
+    """What OmegaConf takes, or names no key for: numbers as flags, no path, lists, unknown keys in their elements."""
     kinds = typing.get_type_hints(schema)
     for name, value in tree.items():
         kind, key = kinds.get(str(name)), f"{prefix}{name}"
         if is_dataclass(kind) and isinstance(value, dict):
             _check_shapes(typing.cast(type, kind), value, f"{key}.")
+        if bool in _kinds(kind) and isinstance(value, int) and value not in (0, 1):
+            raise ConfigError(f"{key}={value}: write true or false")
+        if Path in _kinds(kind) and value == "":  # to pathlib, the current folder
+            raise ConfigError(f"{key}='': must not be empty")
         if (
             isinstance(value, list)
             and get_origin(kind) is not list

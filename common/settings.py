@@ -25,11 +25,13 @@ class Allowed:
         within: An interval of numbers in mathematical notation, `[0, 1)`: 0 belongs to it, 1 does not.
         choices: The only values.
         path: Whether it is a file or folder; a leading `~` is the home folder.
+        empty: Whether a text may be empty.
     """
 
     within: str | None = None
     choices: tuple[Any, ...] | None = None
     path: bool = False
+    empty: bool = False
 
     def __str__(self) -> str:
         if self.choices is not None:
@@ -47,6 +49,7 @@ def setting(
     within: str | None = None,
     choices: tuple[Any, ...] | Callable[[], tuple[Any, ...]] | None = None,
     path: bool = False,
+    empty: bool = False,
     factory: Any = MISSING,
 ) -> Any:
     """A dataclass field that says what it may hold; null is allowed by its type (`int | None`).
@@ -55,10 +58,10 @@ def setting(
         default: Its default.
         within: See `Allowed`; for a list, of each of its values.
         choices: See `Allowed`; or a function that gives them, where they stand in a module that reads this one.
-        path: See `Allowed`.
+        path, empty: See `Allowed`.
         factory: Makes the default, where it is a list.
     """
-    allowed = {"within": within, "choices": choices, "path": path}
+    allowed = {"within": within, "choices": choices, "path": path, "empty": empty}
     if factory is not MISSING:
         return field(default_factory=factory, metadata=allowed)
     return field(default=default, metadata=allowed)
@@ -133,13 +136,14 @@ def keys(schema: Any, prefix: str = "") -> Iterator[tuple[str, Any, Allowed, str
 
 
 def documentation(schema: type) -> dict[str, str]:
-    """What the section `Attributes` of a dataclass's docstring says about each key."""
-    body = inspect.cleandoc(schema.__doc__ or "").partition("\nAttributes:\n")[2]
+    """What the section `Attributes` of a dataclass's docstring, or of one it is made from, says about each key."""
     found: dict[str, str] = {}
-    for entry in re.split(r"\n(?= {4}\S)", re.split(r"\n(?=\S)", body)[0]):
-        names, colon, meaning = " ".join(entry.split()).partition(": ")
-        if colon:
-            found |= dict.fromkeys(names.split(", "), meaning)
+    for each in reversed(schema.__mro__):
+        body = inspect.cleandoc(each.__doc__ or "").partition("\nAttributes:\n")[2]
+        for entry in re.split(r"\n(?= {4}\S)", re.split(r"\n(?=\S)", body)[0]):
+            names, colon, meaning = " ".join(entry.split()).partition(": ")
+            if colon:
+                found |= dict.fromkeys(names.split(", "), meaning)
     return found
 
 
@@ -147,7 +151,7 @@ def _check_value(name: str, value: Any, rule: Allowed) -> None:
     if rule.choices is not None:
         one_of(name, value, rule.choices)
     elif isinstance(value, str | Path):
-        _check_text(name, str(value))
+        _check_text(name, str(value), rule)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         if rule.within is None:
             if not math.isfinite(value):
@@ -159,8 +163,8 @@ def _check_value(name: str, value: Any, rule: Allowed) -> None:
             raise ConfigError(f"{name}={value}: must be {rule}")
 
 
-def _check_text(name: str, value: str) -> None:
-    if not value.strip():
+def _check_text(name: str, value: str, rule: Allowed) -> None:
+    if not (value.strip() or rule.empty and not value):
         raise ConfigError(f"{name}='': must not be empty")
     if len(value) > _LONGEST:
         raise ConfigError(f"{name}={value[:40]}...: longer than {_LONGEST} characters")

@@ -103,15 +103,20 @@ def load(overrides: list[str]) -> PrepareConfig:
     """
     chosen = _chosen(overrides)
     schema = schema_of(chosen)
+    known = [name for name, *_ in settings.keys(schema)]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
-            composed = compose("config", options.as_typed(overrides, schema))
-            composed.name = composed.name or chosen
+            composed = compose("config", [_added(word, known) for word in options.as_typed(overrides, schema)])
             tree = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
         except (HydraException, OmegaConfBaseException) as error:
-            raise options.explain(error, [name for name, *_ in settings.keys(schema)]) from error
+            raise options.explain(error, known) from error
     del tree["source"]["kind"]
-    return cast(PrepareConfig, options.typed(schema, tree))
+    return cast(PrepareConfig, options.typed(schema, {"name": chosen, **tree}))
+
+
+def _added(word: str, known: list[str]) -> str:
+    """A word that sets a known key, so that Hydra takes it although no file of `conf/data_prep` names the key."""
+    return f"++{word}" if word.partition("=")[0] in known and not word.startswith("source=") else word
 
 
 def schema_of(source: str) -> type:

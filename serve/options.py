@@ -56,7 +56,7 @@ class DecodingOptions(ModelOptions):
     max_new_tokens: int = setting(256, within="[1, 100000]")
     temperature: float = setting(0.0, within="[0, 10]")
     top_p: float = setting(1.0, within="(0, 1]")
-    seed: int = 0
+    seed: int = setting(0, within="[0, 4294967295]")
     merge: bool = False
 
     def generation(self) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class CapsFusion:
     """
 
     path: Path = setting(path=True)
-    caption: str = "capsfusion"
+    caption: str = setting("capsfusion", choices=("capsfusion", "laion_2b", "laion_coco"))
     samples: int | None = setting(30_000_000, within="[1, 1e10]")
 
     def made_from(self) -> dict[str, Any]:

@@ -137,7 +137,7 @@ class EasyVQA:
     """
 
     path: Path = setting(path=True)
-    captions: str = "facts"
+    captions: str = setting("facts", choices=tuple(CAPTIONS))
     val_fraction: float = setting(0.05, within="[0, 1)")
 
     def made_from(self) -> dict[str, Any]:

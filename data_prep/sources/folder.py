@@ -22,6 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from common.settings import setting
 from data_prep.division import check_fractions
 from data_prep.sources import SPLITS, columns, json_stream, tars
 from data_prep.sources.columns import Columns
@@ -51,16 +52,16 @@ class Folder:
         samples_per_shard: Images in a unit of work.
     """
 
-    path: Path
+    path: Path = setting(path=True)
     image: str | None = None
     text: str | None = None
     question: str | None = None
     ask: str = "What is in the picture?"
-    opening: str = "The picture shows"
-    val_fraction: float = 0.1
-    test_fraction: float = 0.1
+    opening: str = setting("The picture shows", empty=True)
+    val_fraction: float = setting(0.1, within="[0, 1)")
+    test_fraction: float = setting(0.1, within="[0, 1)")
     label: str = "folder"
-    samples_per_shard: int = 1000
+    samples_per_shard: int = setting(1000, within="[1, 1e7]")
 
     def made_from(self) -> dict[str, Any]:
         """Names and sizes of all files, and the settings."""

@@ -38,7 +38,7 @@ class HuggingFace:
 
     path: Path = setting(path=True)
     split: str = "train"
-    image: str | None = None
+    image: str | None = setting(None, empty=True)
     text: str | None = None
     question: str | None = None
     label: str = "hf"

@@ -28,6 +28,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageOps
 
+from common.settings import setting
 from data_prep.sources import below
 from data_prep.store.errors import DataError
 from data_prep.store.images import open_image, read_image, with_alpha
@@ -75,21 +76,21 @@ class Scenes:
         path: Folder of the cut-outs.
         samples: Pictures of `train`; `caption_train` has as many others, the other splits a tenth, at least 50.
         side: Of the pictures, in pixels.
-        questions: Questions about a picture.
+        questions: Questions about a picture at most, each of another kind.
         style: Only cut-outs of this style; null: all of them, but for those of `test_style`.
         test_style: Style that only `test_style` shows; null: there is no such split.
         seed: Chooses everything.
         samples_per_shard: Pictures in a unit of work.
     """
 
-    path: Path
-    samples: int = 4000
-    side: int = 112
-    questions: int = 4
+    path: Path = setting(path=True)
+    samples: int = setting(4000, within="[1, 1e10]")
+    side: int = setting(112, within="[8, 8192]")
+    questions: int = setting(4, within="[1, 8]")
     style: str | None = None
     test_style: str | None = None
-    seed: int = 0
-    samples_per_shard: int = 1000
+    seed: int = setting(0, within="[0, 4294967295]")
+    samples_per_shard: int = setting(1000, within="[1, 1e7]")
 
     def made_from(self) -> dict[str, Any]:
         """The list of cut-outs, its licences, and the settings."""

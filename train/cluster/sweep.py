@@ -31,14 +31,17 @@ from hydra.core.utils import JobReturn
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from common.errors import UserError
+from common import settings
+from common.errors import ConfigError, UserError
 from common.files import DamagedFile, read_text, write_atomically, write_json
+from common.settings import setting
 from train.cluster import slurm
 
 MANIFEST = "manifest.jsonl"
 JOBS = "jobs.json"
 # Hydra instantiates launchers of this namespace only; a package of that name for one class is not worth it.
 _NAMESPACE = "hydra_plugins.vlora"
+_OURS = ("array", "dependency", "kill-on-invalid-dep", "parsable")
 
 
 def enter(composed: DictConfig) -> DictConfig:
@@ -108,14 +111,34 @@ class SlurmLauncherConfig:
     """
 
     _target_: str = f"{_NAMESPACE}.SlurmLauncher"
-    nodes: int = 1
-    tasks_per_node: int = 8
-    throttle: int | None = None
+    nodes: int = setting(1, within="[1, 65536]")
+    tasks_per_node: int = setting(8, within="[1, 1024]")
+    throttle: int | None = setting(None, within="[1, 1e6]")
     submit: bool = True
     evaluate: bool = True
     finetune: bool = False
     sbatch: dict[str, Any] = field(default_factory=dict)
     evaluate_sbatch: dict[str, Any] = field(default_factory=dict)
+
+    def check(self, prefix: str) -> None:
+        """Options that sbatch can be given, and that are not the launcher's own.
+
+        Raises:
+            ConfigError: names the option and what is wrong with it.
+        """
+        for key in ("sbatch", "evaluate_sbatch"):
+            for name, value in getattr(self, key).items():
+                option, place = str(name).replace("_", "-"), f"{prefix}{key}.{name}"
+                if not re.fullmatch(r"[a-z][a-z0-9-]+", option):
+                    raise ConfigError(f"{place}: write sbatch's long name of an option, without dashes before it")
+                if option in _OURS:
+                    raise ConfigError(f"{place}: the launcher sets --{option} itself")
+                if (
+                    not isinstance(value, str | int | float | None)
+                    or not str(value).isprintable()
+                    or not str(value).strip()
+                ):
+                    raise ConfigError(f"{place}={value!r}: give one printable value")
 
 
 class SlurmLauncher(BasicLauncher):
@@ -124,46 +147,36 @@ class SlurmLauncher(BasicLauncher):
     A point that is wrong ends the sweep before anything is submitted. The elements of the array stop, requeue and go
     on independently of each other and of this process.
 
-    Args: see `SlurmLauncherConfig`.
+    Args:
+        keys: Those of `SlurmLauncherConfig`.
     """
 
-    def __init__(
-        self,
-        nodes: int,
-        tasks_per_node: int,
-        throttle: int | None,
-        submit: bool,
-        evaluate: bool,
-        finetune: bool,
-        sbatch: dict[str, Any],
-        evaluate_sbatch: dict[str, Any],
-    ) -> None:
+    def __init__(self, **keys: Any) -> None:
         super().__init__()
-        self.nodes, self.tasks_per_node, self.throttle = nodes, tasks_per_node, throttle
-        self.submit, self.evaluate, self.finetune = submit, evaluate, finetune
-        self.options, self.evaluate_options = sbatch, evaluate_sbatch
+        self.keys = SlurmLauncherConfig(**keys)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Called by Hydra with the overrides of each point."""
         assert self.config is not None  # `setup` was called before
+        settings.check(self.keys, "hydra.launcher.")  # not sooner: Hydra would wrap the error in one of its own
         folder = Path(self.config.hydra.sweep.dir).absolute()
         stage = str(self.config.stage.name)
-        if self.finetune and stage != "pretrain":
+        if self.keys.finetune and stage != "pretrain":
             raise UserError(f"hydra.launcher.finetune=true follows a pretraining, but this sweep has stage={stage}")
         results = self._prepare(job_overrides, initial_job_idx)
         last = initial_job_idx + len(job_overrides) - 1
         array = f"{initial_job_idx}-{last}"
         sweeps = {"train": (stage, folder)}
-        if self.finetune:
+        if self.keys.finetune:
             sweeps["finetune"] = ("finetune", folder / "finetune")
             self._prepare(self._second_stage(job_overrides, initial_job_idx, folder), initial_job_idx)
         commands: dict[str, list[str]] = {}
         for name, (stage, points_of) in sweeps.items():
-            commands[name] = self._command(f"{stage}.sbatch", points_of, array, list(commands), self.options)
-        if self.evaluate and OmegaConf.select(self.config, "data.test"):
+            commands[name] = self._command(f"{stage}.sbatch", points_of, array, list(commands), self.keys.sbatch)
+        if self.keys.evaluate and OmegaConf.select(self.config, "data.test"):
             commands["evaluate"] = self._command("evaluate.sbatch", points_of, array, list(commands), None)
         write_atomically(folder / "submit.txt", "".join(shlex.join(c) + "\n" for c in commands.values()))
-        if not self.submit:
+        if not self.keys.submit:
             print(f"{len(job_overrides)} points prepared in {folder}, nothing submitted (hydra.launcher.submit=false)")
             return results
         jobs: dict[str, str] = {}
@@ -172,7 +185,7 @@ class SlurmLauncher(BasicLauncher):
                 [word.format(**jobs) if word.startswith("--dependency") else word for word in words]
             )
             write_json(folder / JOBS, jobs)
-        if self.finetune:
+        if self.keys.finetune:
             ours = {"train": jobs["finetune"]} | {name: job for name, job in jobs.items() if name == "evaluate"}
             write_json(folder / "finetune" / JOBS, ours)
         arrays = ", ".join(f"{name} {job}" for name, job in jobs.items())
@@ -184,7 +197,7 @@ class SlurmLauncher(BasicLauncher):
 
     def _prepare(self, job_overrides: Sequence[Sequence[str]], first: int) -> Sequence[JobReturn]:
         """Compose and check every point, and make its run directory."""
-        prepare_only = ["launch.mode=none", f"launch.workers={self.nodes * self.tasks_per_node}"]
+        prepare_only = ["launch.mode=none", f"launch.workers={self.keys.nodes * self.keys.tasks_per_node}"]
         results = super().launch([[*o, *prepare_only] for o in job_overrides], first)
         for result in results:
             _ = result.return_value  # raises the error of a point that failed
@@ -204,12 +217,12 @@ class SlurmLauncher(BasicLauncher):
     ) -> list[str]:
         """The sbatch call of one array, whose element i waits for element i of the one before it."""
         logs = {"output": "slurm/logs/%x-%A_%a.out"}  # %j would be another number for the array's last element
-        shape: dict[str, Any] = dict(self.evaluate_options)
+        shape: dict[str, Any] = dict(self.keys.evaluate_sbatch)
         if options is not None:
-            throttle = f"%{self.throttle}" if self.throttle else ""
+            throttle = f"%{self.keys.throttle}" if self.keys.throttle else ""
             name = f"vlora-{folder.parent.name}-finetune" if before else f"vlora-{folder.name}"
             array += throttle
-            shape = {"job-name": name, "nodes": self.nodes, "ntasks-per-node": self.tasks_per_node, **options}
+            shape = {"job-name": name, "nodes": self.keys.nodes, "ntasks-per-node": self.keys.tasks_per_node, **options}
         # aftercorr: not for the whole of it.
         after = {"dependency": f"aftercorr:{{{before[-1]}}}", "kill-on-invalid-dep": "yes"} if before else {}
         return slurm.command(script, ["--sweep", str(folder)], {"array": array, **after, **logs, **shape})
