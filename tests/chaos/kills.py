@@ -72,6 +72,8 @@ def kill_run(home: Path, folder: Path, kind: str, plans: list[Plan | float]) -> 
     expected = reference(home, kind)
     seen: set[int] = set()
     for plan in [*plans, None]:
+        if plan is not None and (run / "DONE").exists():
+            continue
         environment = {"TMPDIR": str(temporary)}
         if isinstance(plan, Plan):
             environment["CHAOS"] = json.dumps(asdict(plan))
