@@ -23,7 +23,13 @@ class ConfigError(UserError):
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Run a command's `main` and exit with its code; see `report_errors`."""
+    """Run a command's `main` and exit with its code; see `report_errors`.
+
+    Under a locale whose letters are not UTF-8's, the command is started again with Python's UTF-8 mode: data name their
+    files in UTF-8, and so do we, whatever the locale. (Python does the same by itself under the locale C.)
+    """
+    if sys.getfilesystemencoding() != "utf-8":
+        os.execve(sys.executable, sys.orig_argv, os.environ | {"PYTHONUTF8": "1"})
     if isinstance(sys.stdout, io.TextIOWrapper):  # a locale without a letter of a path or a text must end nothing
         sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(report_errors(main))
@@ -52,7 +58,7 @@ def _report(text: str) -> None:
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # torchrun shows "message", `train.process.launch` "user_error".
         record = {"user_error": text, "message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}}
-        with open(file, "w") as stream:
+        with open(file, "w", encoding="utf-8") as stream:
             json.dump(record, stream)
     else:
         print(f"error: {text}", file=sys.stderr, flush=True)

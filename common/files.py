@@ -85,8 +85,31 @@ def damage(folder: Path, sealed: dict[str, dict[str, Any]]) -> str | None:
 
 def write_json(file: Path, value: dict[str, Any]) -> None:
     """Write `file` atomically, with a checksum of its own for `read_json`."""
+    write_atomically(file, sealed_json(value, indent=1))
+
+
+def sealed_json(value: dict[str, Any], indent: int | None = None) -> str:
+    """A JSON object and a line end, with a checksum of its own for `unsealed`."""
     value = json.loads(json.dumps(value))  # as it will be read: keys are texts
-    write_atomically(file, json.dumps({**value, _CHECKSUM: _xxh3(value)}, indent=1) + "\n")
+    return json.dumps({**value, _CHECKSUM: _xxh3(value)}, indent=indent) + "\n"
+
+
+def unsealed(text: str) -> tuple[dict[str, Any], bool]:
+    """What `sealed_json` made a text of, and whether it had a checksum; one written by hand has none.
+
+    Raises:
+        ValueError: it is no JSON object, or not what was written.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"no JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"a JSON object is expected, not a {type(value).__name__}")
+    written = value.pop(_CHECKSUM, None)
+    if written is not None and written != _xxh3(value):
+        raise ValueError("its content is not what was written (checksum)")
+    return value, written is not None
 
 
 def read_json(file: Path, remedy: str) -> dict[str, Any]:
@@ -99,15 +122,9 @@ def read_json(file: Path, remedy: str) -> dict[str, Any]:
         DamagedFile: it is missing, is no JSON object, or is not what was written.
     """
     try:
-        value = json.loads(read_text(file, remedy))
+        return unsealed(read_text(file, remedy))[0]
     except ValueError as error:
-        raise DamagedFile(f"{file} is damaged: no JSON ({error}); {remedy}") from error
-    if not isinstance(value, dict):
-        raise DamagedFile(f"{file} is damaged: a JSON object is expected, not a {type(value).__name__}; {remedy}")
-    written = value.pop(_CHECKSUM, None)
-    if written is not None and written != _xxh3(value):
-        raise DamagedFile(f"{file} is damaged: its content is not what was written (checksum); {remedy}")
-    return value
+        raise DamagedFile(f"{file} is damaged: {error}; {remedy}") from error
 
 
 def made_before_checksums(file: Path) -> bool:

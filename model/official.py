@@ -39,7 +39,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{folder} has no config.json: rank, types and layers of a released checkpoint stand only there; copy it "
             "beside mm_projector.bin"
         )
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if lost := [name for name in _FIELDS if name not in config]:
         raise ModelError(f"{folder / 'config.json'} has no {', '.join(lost)}: it is not that of a VLoRA checkpoint")
     if (alone := folder / "mm_projector.bin").is_file():

@@ -57,7 +57,7 @@ def locate(what: str, path: str, cache: str | Path) -> Path:
         return source
     folder = converted_folder(source, cache)
     try:
-        receipt = json.loads((folder / RECEIPT).read_text())
+        receipt = json.loads((folder / RECEIPT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise ModelError(
             f"{what}.path={path} ships {names[0]}, which is turned into safetensors once; {fetch_hint(what, path)}"
@@ -129,7 +129,7 @@ def weight_files(what: str, source: Path) -> list[str]:
 
 def _index(what: str, file: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(file.read_text())["weight_map"]
+        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
         return {str(name): str(shard) for name, shard in weight_map.items()}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"{what}: {file} is not an index of weights ({error!r}); copy it again") from error
@@ -201,7 +201,7 @@ def _convert(what: str, source: Path, names: list[str], out: Path) -> None:
         save_file(_independent(tensors), out / new, metadata={"format": "pt"})
     if len(names) > 1:
         text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1)
-        (out / f"{SAFETENSORS}.index.json").write_text(text)
+        (out / f"{SAFETENSORS}.index.json").write_text(text, encoding="utf-8")
 
 
 def _independent(tensors: dict[str, Any]) -> dict[str, Any]:

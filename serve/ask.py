@@ -57,7 +57,7 @@ def read_questions(options: Options) -> list[str]:
     elif options.questions is not None:
         if not Path(options.questions).is_file():
             raise ConfigError(f"questions={options.questions}: no such file")
-        found += Path(options.questions).read_text().splitlines()
+        found += Path(options.questions).read_text(encoding="utf-8").splitlines()
     found = [question.strip() for question in found if question.strip()]
     if not found and options.save is None:
         raise ConfigError('give question="..." or questions=FILE')

@@ -74,7 +74,9 @@ def image_files(options: Options) -> list[Path]:
         if place.is_dir():
             found += sorted(file for file in place.iterdir() if file.suffix.lower() in _SUFFIXES)
         elif place.is_file():
-            found += [place.parent / line.strip() for line in place.read_text().splitlines() if line.strip()]
+            found += [
+                place.parent / line.strip() for line in place.read_text(encoding="utf-8").splitlines() if line.strip()
+            ]
         else:
             raise ConfigError(f"images={place}: no such folder, nor a file that lists images")
     if missing := [file for file in found if not file.is_file()]:
@@ -122,10 +124,10 @@ def sample_questions(options: Options, folder: Path) -> list[str]:
     if options.questions is not None:
         if not Path(options.questions).is_file():
             raise ConfigError(f"questions={options.questions}: no such file")
-        return [line for line in Path(options.questions).read_text().splitlines() if line.strip()]
+        return [line for line in Path(options.questions).read_text(encoding="utf-8").splitlines() if line.strip()]
     found: list[str] = []
     for file in sorted((folder.parent / "samples").glob("*.jsonl")):
-        found += [json.loads(line)["question"] for line in file.read_text().splitlines()]
+        found += [json.loads(line)["question"] for line in file.read_text(encoding="utf-8").splitlines()]
     return list(dict.fromkeys(question for question in found if question)) or [_QUESTION]
 
 

@@ -75,7 +75,7 @@ def status(folder: Path) -> str:
         state = ",".join(sorted(set(slurm.states(job).values()))) or "unknown to SLURM"
         if RunDir(run).done.exists():
             state = "COMPLETED"
-        why = RunDir(run).failed.read_text().strip() if RunDir(run).failed.exists() else ""
+        why = RunDir(run).failed.read_text(encoding="utf-8").strip() if RunDir(run).failed.exists() else ""
         if stopped and "CANCELLED" in state:
             why = f"not started, because {stopped} did not succeed"
         elif any(word in state for word in ("FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY")):

@@ -128,7 +128,7 @@ def points() -> list[Point]:
 
 def write_csv(found: list[Point], file: Path) -> None:
     """One line per point."""
-    with file.open("w", newline="") as stream:
+    with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(
             ["accounting", "encoder", "text_tokens", "visual_tokens", "llava_gflops", "vlora_gflops", "ratio"]

@@ -111,8 +111,8 @@ def import_checkpoint(options: Options) -> Path:
         path = name if place is None else str(place.resolve())
         parts[name] = {"path": path, "fingerprint": fingerprint(str(place or export / name)), "base": None}
     _write_export(export, config, parts, {name: place or export / name for name, place in given.items()}, state)
-    (writing / RECORD).write_text(json.dumps(theirs, indent=1))
-    RunDir(writing).done.write_text(f"imported from {folder}\n")
+    (writing / RECORD).write_text(json.dumps(theirs, indent=1), encoding="utf-8")
+    RunDir(writing).done.write_text(f"imported from {folder}\n", encoding="utf-8")
     if out.exists():
         out.rmdir()
     writing.replace(out)
@@ -163,7 +163,7 @@ def _write_llm(source: Path, theirs: dict[str, Any], tensors: dict[str, Tensor],
     ours |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     for name in ("weights_sep", "skip_layers", "image_aspect_ratio", "_name_or_path"):
         ours.pop(name, None)
-    (out / "config.json").write_text(json.dumps(ours, indent=1))
+    (out / "config.json").write_text(json.dumps(ours, indent=1), encoding="utf-8")
     for pattern in _TOKENIZER:
         for file in source.glob(pattern):
             shutil.copyfile(file, out / file.name)
@@ -191,7 +191,7 @@ def export_run(options: Options) -> Path:
     config = configuration.load(RunDir(run).config)
     if config.connector.name != "vlora":
         raise ConfigError(f"{run} has connector={config.connector.name}; only vlora has a released form")
-    imported = json.loads((run / RECORD).read_text()) if (run / RECORD).is_file() else {}
+    imported = json.loads((run / RECORD).read_text(encoding="utf-8")) if (run / RECORD).is_file() else {}
     llm_folder = trained_part(run, "llm")
     llm = pretrained_config("llm", str(llm_folder or config.llm.path), None)
     state = folders.read_connector(folders.find(run, local_files_only=True))
@@ -209,7 +209,7 @@ def export_run(options: Options) -> Path:
     if any(out.iterdir()):
         raise UserError(f"out={out} is not empty; choose another folder")
     torch.save(projector, out / "mm_projector.bin")
-    (out / "config.json").write_text(json.dumps(written, indent=1, default=str))
+    (out / "config.json").write_text(json.dumps(written, indent=1, default=str), encoding="utf-8")
     if llm_folder is not None:
         tensors = dict(projector)
         for file in sorted(llm_folder.glob("*.safetensors")):

@@ -55,7 +55,7 @@ def check_devices(report: Report, asked: int) -> None:
         )
     if seen:
         driver = Path("/proc/driver/nvidia/version")
-        words = driver.read_text().split("Kernel Module", 1)[-1].split() if driver.exists() else []
+        words = driver.read_text(encoding="utf-8").split("Kernel Module", 1)[-1].split() if driver.exists() else []
         report.facts["driver"] = next((w for w in words if w[0].isdigit()), "unknown")
         report.facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
 

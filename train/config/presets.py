@@ -29,7 +29,9 @@ def is_sweep(words: list[str]) -> bool:
     """Whether a command line starts several runs, so that `a,b` means two values."""
     experiments = [word.partition("=")[2] for word in words if word.startswith("experiment=")]
     files = [CONF / "experiment" / f"{name}.yaml" for name in experiments]
-    return bool({"-m", "--multirun"} & set(words)) or any("MULTIRUN" in f.read_text() for f in files if f.is_file())
+    return bool({"-m", "--multirun"} & set(words)) or any(
+        "MULTIRUN" in f.read_text(encoding="utf-8") for f in files if f.is_file()
+    )
 
 
 def help_text() -> str:

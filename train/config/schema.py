@@ -203,7 +203,7 @@ class TrackingConfig:
         wandb: `online`, `offline` or `disabled`.
         project, group, name, tags: As wandb names them; null: name and group are the run directory's place below
             `output_root`, and that of its folder.
-        log_every: Steps between records.
+        log_every: Steps between records of memory and TFLOP/s; losses and speed are recorded at every step.
         weights_every: Steps between records of |dW| / |W| per layer and type and of the image share of A.
         samples_every: Steps between tables of sample images, questions, answers and predictions; null: at the end.
         num_samples: Rows of that table.

@@ -45,7 +45,7 @@ class FeatureCache(ImageInput):
         self.folder = Path(folder)
         self.meta = read_json(self.folder / META, "the cache is made anew")
         if (self.folder / DAMAGED).exists():
-            raise DamagedFile(f"{self.folder}: {(self.folder / DAMAGED).read_text().strip()}")
+            raise DamagedFile(f"{self.folder}: {(self.folder / DAMAGED).read_text(encoding='utf-8').strip()}")
         if problem := damage(self.folder, self.meta.get("files", {META: {"size": 0}})):
             raise DamagedFile(f"{self.folder}: {problem}")
         self.dtype, stored = DTYPES[self.meta["dtype"]]
@@ -83,7 +83,9 @@ class FeatureCache(ImageInput):
         features = self._features[at]
         if _checksum(features) != self._checksums[at]:
             with suppress(OSError):
-                (self.folder / DAMAGED).write_text(f"the features of image {at} are not what was written\n")
+                (self.folder / DAMAGED).write_text(
+                    f"the features of image {at} are not what was written\n", encoding="utf-8"
+                )
             raise DataError(
                 f"feature cache {self.folder} is damaged: the features of image {at} are not what was written; start "
                 "the run again, which makes the cache anew and resumes"

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from common.errors import UserError
-from common.files import DamagedFile, damage, file_names, read_json, seal, sync, write_atomically, write_json
-from train.engine.weights_only import weights_only
+from common.files import DamagedFile, damage, file_names, inside, read_json, seal, sync, write_atomically, write_json
+from train.engine.weights_only import UnsafeCheckpoint, unsafe, weights_only
 from train.process import distributed
 from train.process.run_files import RunDir
 
@@ -176,12 +176,11 @@ def load(engine: Engine, path: Path, identity: dict[str, str]) -> Progress:
         UnsafeCheckpoint: one of its files holds more than tensors and plain containers.
     """
     record = read_json(path / COMPLETE, _REMEDY)
-    for key, value in identity.items():
-        if record["identity"].get(key) != value:
-            raise CheckpointError(
-                f"{path} belongs to another {key} (fingerprint {record['identity'].get(key)}, here {value}); "
-                f"restore that {key}, or start a new run directory"
-            )
+    # What one rank refuses all refuse, or the others would wait for it in the first thing they do together.
+    if refusal := next(filter(None, distributed.gather(_other_identity(path, record, identity))), None):
+        raise CheckpointError(refusal)
+    if refusal := next(filter(None, distributed.gather(_unsafe(path, record))), None):
+        raise UnsafeCheckpoint(refusal)
     if record["world_size"] != distributed.world_size():
         if engine.zero_stage == 0:
             raise CheckpointError(
@@ -200,6 +199,22 @@ def load(engine: Engine, path: Path, identity: dict[str, str]) -> Progress:
     torch.set_rng_state(client_state["rng"]["torch"])
     random.setstate(client_state["rng"]["python"])
     return Progress(**record["progress"])
+
+
+def _other_identity(path: Path, record: dict[str, Any], identity: dict[str, str]) -> str | None:
+    for key, value in identity.items():
+        if record["identity"].get(key) != value:
+            return (
+                f"{path} belongs to another {key} (fingerprint {record['identity'].get(key)}, here {value}); "
+                f"restore that {key}, or start a new run directory"
+            )
+    return None
+
+
+def _unsafe(path: Path, record: dict[str, Any]) -> str | None:
+    """The same of this rank's share of the files."""
+    share = sorted(record["files"])[distributed.rank() :: distributed.world_size()]
+    return next(filter(None, (unsafe(inside(path, name)) for name in share)), None)
 
 
 def _reshard(path: Path) -> Path:

@@ -9,6 +9,7 @@ import argparse
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,28 @@ def _safe_globals() -> list[Any]:
     return [LossScaler, ZeroStageEnum, fragment_address]
 
 
+def unsafe(file: Path) -> str | None:
+    """What to say of a file of `torch.save` that names something else; None where it does not, or is another file.
+
+    Looks at its pickle without unpickling or reading a tensor, so that all ranks can look before any of them loads.
+    """
+    if not zipfile.is_zipfile(file):
+        return None
+    with torch.serialization.safe_globals(_safe_globals()):
+        try:
+            found = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        except Exception:  # no such file, or a pickle that nobody would write: `weights_only` says what it thinks of it
+            return None
+    return _refused(file, f"`{sorted(found)[0]}`") if found else None
+
+
+def _refused(file: Path, what: str) -> str:
+    return (
+        f"{file} holds {what}, which is neither a tensor nor a plain container: refused, nothing of it was run. This "
+        "program wrote no such file; remove that checkpoint"
+    )
+
+
 @contextmanager
 def weights_only() -> Iterator[None]:
     """Inside, every `torch.load` is weights-only, whatever its caller asks for: DeepSpeed asks for pickle everywhere.
@@ -51,10 +74,7 @@ def weights_only() -> Iterator[None]:
         except pickle.UnpicklingError as error:
             found = re.search(r"GLOBAL ([\w.]+)|global ([\w.]+)", str(error))
             what = f"`{found[1] or found[2]}`" if found else "something"
-            raise UnsafeCheckpoint(
-                f"{file} holds {what}, which is neither a tensor nor a plain container: refused, nothing of it was "
-                "run. This program wrote no such file; remove that checkpoint"
-            ) from None
+            raise UnsafeCheckpoint(_refused(file, what)) from None
 
     with torch.serialization.safe_globals(_safe_globals()), mock.patch.object(torch, "load", checked):
         yield

@@ -59,7 +59,7 @@ def load(name: str) -> Benchmark:
     if not file.is_file():
         raise ConfigError(f"{name}: no such benchmark; there are {', '.join(names())}")
     try:
-        tree: Any = OmegaConf.to_container(load_yaml(file.read_text()))
+        tree: Any = OmegaConf.to_container(load_yaml(file.read_text(encoding="utf-8")))
         found: Benchmark = typed(Benchmark, tree)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error

@@ -136,7 +136,7 @@ class Process:
 
     def tail(self) -> str:
         """The last line of its log that says something."""
-        lines = re.sub(r"\x1b\[[0-9;]*m", "", self.log.read_text(errors="replace")).splitlines()
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", self.log.read_text(errors="replace", encoding="utf-8")).splitlines()
         return next((line.strip() for line in reversed(lines) if line.strip()), "it wrote nothing")[:300]
 
 

@@ -71,8 +71,8 @@ def write_tasks(folder: Path, environment: Environment, benchmarks: dict[str, Be
     # An installed package as Python sees it: so lmms-eval finds its entry point without anything being installed.
     package = python / "vlora_lmms_eval-0.dist-info"
     package.mkdir(exist_ok=True)
-    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: vlora-lmms-eval\nVersion: 0\n")
-    (package / "entry_points.txt").write_text(f"[lmms_eval.models]\nvlora = {ENTRY_POINT}\n")
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: vlora-lmms-eval\nVersion: 0\n", encoding="utf-8")
+    (package / "entry_points.txt").write_text(f"[lmms_eval.models]\nvlora = {ENTRY_POINT}\n", encoding="utf-8")
     for name, one in benchmarks.items():
         write_atomically(folder / f"vlora_{name}.yaml", task_file(name, one, environment.tasks))
 
@@ -144,7 +144,7 @@ class Results:
 def _model(export: Path) -> str:
     sums = export / "checksums.json"
     if sums.is_file():
-        return digest(json.loads(sums.read_text()))
+        return digest(json.loads(sums.read_text(encoding="utf-8")))
     files = sorted(file for file in export.glob("*") if file.is_file())
     return digest([[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files])
 
@@ -212,7 +212,7 @@ def metrics_of(out: Path, task: str) -> dict[str, float] | None:
     files = sorted(out.rglob("[0-9]*_results.json"))
     if not files:
         return None
-    values = json.loads(files[-1].read_text())["results"][task]
+    values = json.loads(files[-1].read_text(encoding="utf-8"))["results"][task]
     numbers = {key.partition(",")[0]: value for key, value in values.items() if isinstance(value, int | float)}
     return {key: float(value) for key, value in numbers.items() if not isinstance(value, bool)}
 

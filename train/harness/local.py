@@ -88,7 +88,7 @@ def export(config: RunConfig, split: str, folder: Path, limit: int | None = None
             writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
     shutil.copyfile(INSIDE / "split_task.py", folder / "split_task.py")
     shutil.copyfile(str(scoring.__file__), folder / "scoring.py")
-    (folder / f"{name}.yaml").write_text(_yaml(name, questions, config.evaluation.max_new_tokens))
+    (folder / f"{name}.yaml").write_text(_yaml(name, questions, config.evaluation.max_new_tokens), encoding="utf-8")
     return name
 
 

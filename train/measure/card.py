@@ -69,12 +69,15 @@ def licence(path: str) -> str:
     """What a model's folder says about its licence: its card's `license`, else the first line of a licence file."""
     folder = Path(path).expanduser()
     card = folder / "README.md"
-    if card.is_file() and (front := re.match(r"---\n(.*?)\n---", card.read_text(), re.DOTALL)):
+    if card.is_file() and (front := re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL)):
         fields = yaml.safe_load(front.group(1))
         if isinstance(fields, dict) and fields.get("license"):
             return str(fields["license"])
     for file in sorted(folder.glob("LICEN[CS]E*")):
-        return next((line.strip() for line in file.read_text(errors="replace").splitlines() if line.strip()), file.name)
+        return next(
+            (line.strip() for line in file.read_text(errors="replace", encoding="utf-8").splitlines() if line.strip()),
+            file.name,
+        )
     return "not stated where it was taken from" if folder.is_dir() else f"see {path}"
 
 

@@ -103,7 +103,7 @@ def available(config: RunConfig, device: torch.device | None = None, local_world
         return torch.cuda.get_device_properties(device).total_memory
     limits = [psutil.virtual_memory().total]
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = Path(name).read_text().strip() if Path(name).is_file() else "max"
+        text = Path(name).read_text(encoding="utf-8").strip() if Path(name).is_file() else "max"
         limits += [int(text)] if text.isdigit() else []
     return min(limits) // local_world
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from common.files import DamagedFile, read_text, write_atomically
+from common.files import DamagedFile, read_text, sealed_json, unsealed, write_atomically
 from train.config import RunConfig, TrackingConfig
 from train.process.run_dir import read_record
 from train.process.run_files import RunDir
@@ -37,7 +36,7 @@ class Tracker:
     ) -> None:
         self.path = RunDir(run_dir).metrics
         _drop_after(self.path, resumed_step)
-        self._stream = self.path.open("a", buffering=1)
+        self._stream = self.path.open("a", buffering=1, encoding="utf-8")
         self._wandb: Any = None
         if config.tracking.wandb != "disabled":
             known = {"git_commit": record["git_commit"], "versions": record["versions"]}
@@ -45,7 +44,7 @@ class Tracker:
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Write one record of numbers."""
-        self._stream.write(json.dumps({"step": step, **values}) + "\n")
+        self._stream.write(sealed_json({"step": step, **values}))
         if self._wandb is not None:
             # Not wandb's own step: it shifts or drops records of a step it has seen before.
             self._wandb.log({"step": step, **values})
@@ -73,31 +72,53 @@ class Tracker:
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """All records of a run, in order; [] when there are none yet. A torn last line, still being written, is left out.
 
+    Steps that were made and have no record are a warning: the newest checkpoint tells how many were.
+
     Raises:
         DamagedFile: the file is no text, or another line is no record.
     """
-    path = RunDir(run_dir).metrics
-    records, bad = _read(path)
+    run = RunDir(run_dir)
+    # Looked at first: the run may be going on.
+    made = [int(path.name.removeprefix("step-")) for path in run.checkpoints.glob("step-*")]
+    records, bad = _read(run.metrics, whole=run.done.exists())
     if bad:
-        raise DamagedFile(f"{path}, line {bad[0]}, is no record; {_REMEDY}")
+        raise DamagedFile(f"{run.metrics}, line {bad[0]}, is no record, or not as it was written; {_REMEDY}")
+    _warn_of_gaps(run.metrics, records, max(made, default=0))
     return records
 
 
-def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """Records, and the numbers of the lines that are none; a torn last line is neither."""
+def _read(path: Path, whole: bool = False) -> tuple[list[dict[str, Any]], list[int]]:
+    """Records, and the numbers of the lines that are none; a torn last line is neither, but where the file is `whole`.
+
+    Lines of release 0.1.0 have no checksum; among others that have one, a line without is damaged.
+    """
     if not path.exists() or (path.is_file() and not path.stat().st_size):
         return [], []
-    records, bad = [], []
+    records, bad, bare = [], [], []
     lines = read_text(path, _REMEDY).split("\n")
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record, has_checksum = unsealed(line)
             record["step"] + 0
-            records.append(record)
         except (ValueError, KeyError, TypeError):
-            if line and number < len(lines):
+            if line and (whole or number < len(lines)):
                 bad.append(number)
+            continue
+        records.append(record)
+        if not has_checksum:
+            bare.append((number, record))
+    if len(bare) < len(records):
+        bad = sorted(bad + [number for number, _ in bare])
+        records = [record for record in records if all(record is not other for _, other in bare)]
     return records, bad
+
+
+def _warn_of_gaps(path: Path, records: list[dict[str, Any]], step: int) -> None:
+    """Say which steps up to `step`, that were made, have no record."""
+    missing = sorted(set(range(1, step + 1)) - {record["step"] for record in records if "loss" in record})
+    if missing:
+        some = ", ".join(map(str, missing[:3])) + (", ..." if len(missing) > 3 else "")
+        print(f"warning: {path} lacks {len(missing)} of the {step} steps made ({some})", file=sys.stderr)
 
 
 def log_evaluation(config: RunConfig, run_dir: Path, name: str, summary: dict[str, Any]) -> None:
@@ -215,10 +236,13 @@ def _drop_after(path: Path, step: int) -> None:
     """Keep the records up to `step`; a torn last line (the machine died while writing) goes too."""
     records, bad = _read(path)
     if bad:
-        print(f"warning: {path}: {len(bad)} lines, first {bad[0]}, are no records and are taken out", file=sys.stderr)
+        print(
+            f"warning: {path}: {len(bad)} lines, first {bad[0]}, are no records, or not as they were written, and are "
+            "taken out",
+            file=sys.stderr,
+        )
     # What was measured after that step, a validation loss, is measured again.
     kept = [record for record in records if record["step"] < step + ("loss" in record)]
-    if step and not kept:
-        print(f"warning: {path} has no record of the steps before {step}; it was lost or emptied", file=sys.stderr)
+    _warn_of_gaps(path, kept, step)
     if path.exists():
-        write_atomically(path, "".join(f"{json.dumps(record)}\n" for record in kept))
+        write_atomically(path, "".join(map(sealed_json, kept)))

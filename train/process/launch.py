@@ -75,7 +75,7 @@ def local(config: RunConfig, run_dir: Path) -> bool:
             # A rank that only lost the one with something to say may have ended before it.
             for said in sorted(errors.iterdir()):
                 with suppress(ValueError, KeyError):  # cut, where the rank was killed while it wrote
-                    raise UserError(json.loads(said.read_text())["user_error"]) from error
+                    raise UserError(json.loads(said.read_text(encoding="utf-8"))["user_error"]) from error
             end = "raised the error above"
             if isinstance(error, mp.ProcessExitedException):
                 end = f"ended with {error.signal_name or f'exit code {error.exit_code}'}; its output stands above"

@@ -232,7 +232,7 @@ def git_state() -> tuple[str | None, str]:
 def machine() -> str:
     """Processor, cores, memory and, where there is one, GPU of this machine."""
     try:
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
         found = None
     processor = found[1].strip() if found else platform.processor() or platform.machine()

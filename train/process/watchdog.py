@@ -69,7 +69,7 @@ class Watchdog:
         if self.seconds is not None:
             self.folder.mkdir(exist_ok=True)
             self._remove_empty()  # of a start that was killed
-            self._stacks = self._file("stacks", "txt").open("w")
+            self._stacks = self._file("stacks", "txt").open("w", encoding="utf-8")
             # In C, so that a rank whose threads all hang answers too.
             faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
             self._say()
@@ -142,7 +142,7 @@ class Watchdog:
         found = {}
         for file in self.folder.glob("rank-*.json"):
             with suppress(ValueError, OSError):
-                found[int(file.stem.removeprefix("rank-"))] = json.loads(file.read_text())
+                found[int(file.stem.removeprefix("rank-"))] = json.loads(file.read_text(encoding="utf-8"))
         return found
 
     def _dump_nccl(self) -> None:

@@ -65,7 +65,7 @@ def build(chosen: str | None = None, *extra: str) -> tuple[Path, str]:
     folder = _folder()
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"merge-{_digest()}-{chosen.replace(';', '_')}.so"
-    with (folder / "merge.lock").open("w") as lock:
+    with (folder / "merge.lock").open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released with the process, so a killed build leaves nothing stale
         if library.exists() and not extra:
             return library, ""

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from common.errors import UserError
+from common.files import read_json
 from model.batch import Batch
 from model.decoder import loss
 from model.generator.placement import decoder_layers
@@ -362,11 +363,36 @@ def checkpoints_load(results: dict) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def what_one_rank_sees_all_refuse(results: dict) -> None:
+    """A file that names a command is the last rank's to look at; another identity is seen by one rank only."""
+    folder = Path(distributed.gather(tempfile.mkdtemp())[0])
+    model, config = parts.build(parts.config()), configuration("pretrain")
+    freeze(model, config.stage)
+    engine = Engine(model, config, total_steps=10, accumulation=1)
+    path = checkpoint.save(engine, folder, Progress(step=1), {"llm": "x"}, keep=1)
+    said = []
+    for identity in ({"llm": "x" if RANK < WORLD - 1 else "y"}, {"llm": "x"}):
+        try:
+            checkpoint.load(engine, path, identity)
+            said.append("")
+        except UserError as error:
+            said.append(str(error))
+        if RANK == 0:
+            file = path / sorted(read_json(path / "COMPLETE", "")["files"])[WORLD - 1]
+            torch.save({**torch.load(file, weights_only=False), "extra": os.system}, file)
+        distributed.barrier()
+    results["refusals"] = distributed.gather(said)
+    engine.deepspeed.destroy()
+    distributed.barrier()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def main() -> None:
     results: dict = {"world": WORLD}
     cases = (
         gradient_equality, trajectories, frozen_parts_stay, graph_start, graph_start_with_checkpointing,
         stale_gradients, nan_steps, evaluation_first, checkpoints_load,
+        what_one_rank_sees_all_refuse,
     )  # fmt: skip
     for case in cases:
         if sys.argv[1:] and case.__name__ not in sys.argv[1:]:  # named on the command line: only those

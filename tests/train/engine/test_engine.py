@@ -80,3 +80,12 @@ def test_any_use_may_come_first(results):
 def test_a_checkpoint_loads_weights_only_in_every_stage_and_precision(results):
     cases = {name: value for name, value in results.items() if name.startswith("checkpoint/")}
     assert len(cases) == 7 and set(cases.values()) == {0.0}, cases
+
+
+def test_what_one_rank_refuses_all_refuse_with_the_same_words(results):
+    """None is left to wait for the others in a collective."""
+    refusals = results["refusals"]
+    assert len(refusals) == results["world"] and all(said == refusals[0] for said in refusals)
+    identity, planted = refusals[0]
+    assert "belongs to another llm (fingerprint x, here y)" in identity
+    assert ".pt holds `posix.system`" in planted and "nothing of it was run" in planted
