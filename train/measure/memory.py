@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import psutil
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations import moe
 
 from data_prep.store.errors import CorruptShardError
 from model.batch import Batch
@@ -205,6 +209,11 @@ def states(model: nn.Module, config: RunConfig, world_size: int) -> MemoryPlan:
     return MemoryPlan(int(weights), int(gradients), int(optimizer), int(buffers), int(update), 0, 0)
 
 
+def _any_precision() -> AbstractContextManager[Any]:
+    """Experts multiplied by transformers' fallback: torch knows the shapes of its own kernel in bf16 only."""
+    return mock.patch.object(moe, "_can_use_grouped_mm", lambda *_: False)
+
+
 class _Saved:
     """Bytes that autograd keeps, per decoder layer and outside of them, each storage once."""
 
@@ -234,7 +243,7 @@ class _Saved:
         if model.pack_tokens:
             visual = model.connector.visual_tokens * load.images // load.samples
             packing = Packing.of(torch.ones(load.rows, visual + length), model.pack_tokens)
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with _any_precision(), FakeTensorMode(allow_non_fake_inputs=True):
             made: dict[int, Tensor] = {}
             # Parameters without memory, in the engine's dtype; a tied one stays one.
             model._apply(lambda t: made.setdefault(id(t), torch.empty(t.shape, dtype=self._dtype_of(t))))

@@ -52,11 +52,19 @@ LOAD = Workload(samples=6, images=6, rows=12, length=33, mean_length=33.0, measu
 
 @pytest.mark.parametrize(
     ("stage", "connector", "pack_tokens"),
-    [("pretrain", "vlora", None), ("finetune", "vlora", 99), ("pretrain", "mlp", 99), ("finetune", "qformer", None)],
+    [
+        ("pretrain", "vlora", None),
+        ("finetune", "vlora", 99),
+        ("pretrain", "mlp", 99),
+        ("finetune", "qformer", None),
+        ("experts", "vlora", None),
+    ],
 )
 def test_activations_are_those_of_a_real_pass(stage, connector, pack_tokens):
     """The same model with memory, real values, real kernels: bytes that autograd saves, each storage once."""
-    config = configuration(stage)
+    config = configuration(stage.replace("experts", "finetune"))
+    if stage == "experts":
+        config.llm.architecture = ARCHITECTURE | {"model_type": "mixtral", "num_local_experts": 4}
     config.connector.name, config.connector.num_heads, config.llm.pack_tokens = connector, 4, pack_tokens
     found = memory.plan(config, 2, LOAD)
 
