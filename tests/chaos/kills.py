@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -83,8 +84,9 @@ def kill_run(home: Path, folder: Path, kind: str, plans: list[Plan | float]) -> 
         while process.returncode is None:
             seen |= _family(process.pid)
             if fall is not None and time.monotonic() - began > fall:
-                os.killpg(process.pid, signal.SIGKILL)
-                fall = None
+                with suppress(ProcessLookupError):  # it has just ended, or does not lead its group yet
+                    os.killpg(process.pid, signal.SIGKILL)
+                    fall = None
             if time.monotonic() > end:
                 outcome.problems.append(f"{plan}: hangs")
                 world.kill_tree(process)

@@ -154,6 +154,7 @@ def _imported() -> multiprocessing.context.ForkServerContext:
 def _run(module: str, arguments: list[str], environment: dict[str, str], out: Path, err: Path) -> None:
     os.setsid()
     os.environ |= environment
+    tempfile.tempdir = None  # found before the fork; TMPDIR is the caller's to say
     for descriptor, name in ((1, out), (2, err)):
         os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND | os.O_CREAT), descriptor)
     if plan := environment.get("CHAOS"):  # where this process or one of its ranks is to be killed

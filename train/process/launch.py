@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import traceback
 from contextlib import suppress
 from pathlib import Path
 
@@ -71,16 +72,15 @@ def local(config: RunConfig, run_dir: Path) -> bool:
         }
         try:
             _run_workers(workers, run_dir, environment, str(errors))
-        except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
+        except mp.ProcessExitedException as error:
             # A rank that only lost the one with something to say may have ended before it.
-            for said in sorted(errors.iterdir()):
+            for said in sorted(errors.glob("*.json")):
                 with suppress(ValueError, KeyError):  # cut, where the rank was killed while it wrote
                     raise UserError(json.loads(said.read_text(encoding="utf-8"))["user_error"]) from error
-            end = "raised the error above"
-            if isinstance(error, mp.ProcessExitedException):
-                end = f"ended with {error.signal_name or f'exit code {error.exit_code}'}; its output stands above"
-            else:
-                print(error, file=sys.stderr)
+            end = f"ended with {error.signal_name or f'exit code {error.exit_code}'}; its output stands above"
+            if (raised := errors / f"{error.error_index}.txt").exists():
+                print(raised.read_text(encoding="utf-8"), file=sys.stderr)
+                end = "raised the error above"
             raise UserError(f"the run in {run_dir} failed: rank {error.error_index} {end}") from error
     finally:
         shutil.rmtree(errors, ignore_errors=True)
@@ -91,10 +91,15 @@ def _worker(rank: int, run_dir: Path, environment: dict[str, str], errors: str) 
     os.environ |= environment | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
-        "TORCHELASTIC_ERROR_FILE": str(Path(errors) / str(rank)),
+        "TORCHELASTIC_ERROR_FILE": str(Path(errors) / f"{rank}.json"),
     }
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    if code := report_errors(lambda: worker.run(run_dir)):
+    try:
+        code = report_errors(lambda: worker.run(run_dir))
+    except Exception:  # kept here: torch would leave a file in the temporary folder for each rank
+        (Path(errors) / f"{rank}.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        code = 1
+    if code:
         sys.exit(code)
 
 
