@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -100,15 +101,22 @@ def build_llm(config: LLMConfig, dtype: torch.dtype, meta: bool = False) -> PreT
     attention = config.attn_implementation
     if meta and attention == "flash_attention_2":  # shapes do not depend on it, and its package may be elsewhere
         attention = "sdpa"
-    llm = load_pretrained(
-        AutoModelForCausalLM,
-        "llm",
-        config.path,
-        config.architecture,
-        dtype,
-        meta=meta,
-        attn_implementation=attention,
-    )
+    try:
+        llm = load_pretrained(
+            AutoModelForCausalLM,
+            "llm",
+            config.path,
+            config.architecture,
+            dtype,
+            meta=meta,
+            attn_implementation=attention,
+        )
+    except ValueError as error:
+        if found := re.match(r"(\w+) does not support (?:an attention implementation|Flash Attention)", str(error)):
+            raise ModelError(
+                f"llm.attn_implementation={attention}: {found[1]} does not have it; set llm.attn_implementation=eager"
+            ) from error
+        raise
     llm.config.use_cache = False
     llm.generation_config.do_sample = False
     llm.generation_config.temperature = llm.generation_config.top_p = llm.generation_config.top_k = None

@@ -21,7 +21,7 @@ from model.decoder.norms import resolve_kernels, use_kernels
 from model.decoder.packing import Packing, check_packing, packed_mask
 from model.generator.placement import Placement, decoder_layers
 from model.generator.weights import PerceptualWeights
-from model.loading import build_llm
+from model.loading import ModelError, build_llm
 from model.vision import VisionEncoder, build_vision
 
 
@@ -194,7 +194,14 @@ class VisionLanguageModel(nn.Module):
         """Keep only the inputs of the decoder layers for the backward pass and recompute the rest.
 
         Non-reentrant: the reentrant form gives the generator zero gradients without a word.
+
+        Raises:
+            ModelError: the decoder cannot.
         """
+        if not self.llm.supports_gradient_checkpointing:
+            raise ModelError(
+                f"engine.gradient_checkpointing: {type(self.llm).__name__} cannot recompute its layers; set it to false"
+            )
         # Renamed after transformers 5.17, which has the second name only.
         enable = getattr(self.llm, "activation_checkpointing_enable", None) or self.llm.gradient_checkpointing_enable
         enable({"use_reentrant": False})

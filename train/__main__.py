@@ -61,7 +61,13 @@ def plan_memory(config: configuration.RunConfig, workers: int) -> str:
     # A local run is on this machine's GPUs or, without any, in its memory.
     local = torch.device("cuda" if torch.cuda.is_available() else "cpu") if config.launch.mode == "local" else None
     limit = memory.available(config, local, workers)
-    return memory.describe(config, workers, load, memory.plan(config, workers, load), limit)
+    try:
+        found = memory.plan(config, workers, load)
+    except memory.UnknownMemory as error:
+        if config.engine.gradient_checkpointing == "auto":  # which the run would decide by that plan
+            raise
+        return str(error).partition(": ")[0]
+    return memory.describe(config, workers, load, found, limit)
 
 
 @hydra.main(version_base="1.3", config_path=str(presets.CONF), config_name="config")

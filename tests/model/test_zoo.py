@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 from benchmarks import zoo
-from model.config import GeneratorConfig
+from model.config import GeneratorConfig, LLMConfig
 from model.decoder.head import HeadTransform, head_transform
 from model.decoder.packing import check_packing
 from model.generator.placement import place
 from model.generator.weights import base_norms
-from model.loading import ModelError
+from model.loading import ModelError, build_llm
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +26,14 @@ def one_thread():
 def test_a_family_passes_every_check(name):
     entry = zoo.examine(name)
     assert entry.checks == dict.fromkeys(zoo.CHECKS, "ok"), entry
+
+
+def test_what_a_family_cannot_do_is_refused_by_the_key():
+    with pytest.raises(ModelError, match="engine.gradient_checkpointing: JetMoeForCausalLM .* set it to false"):
+        zoo.check_checkpointing("jetmoe", ("m",))
+    sinks = LLMConfig(path="-", architecture=zoo.tiny_config("gpt_oss").to_dict())
+    with pytest.raises(ModelError, match="llm.attn_implementation=sdpa: GptOssForCausalLM .* set .*=eager"):
+        build_llm(sinks, torch.float32, meta=True)
 
 
 @pytest.mark.parametrize("name", zoo.ENCODERS[:4])

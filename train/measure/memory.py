@@ -18,7 +18,7 @@ from unittest import mock
 import psutil
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations import moe
 
@@ -162,12 +162,19 @@ def workload(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None, sampl
     return Workload(samples, samples * views, samples * rows, longest, mean, bool(lengths))
 
 
+class UnknownMemory(ValueError):
+    """A model whose activations depend on more than shapes."""
+
+
 def plan(config: RunConfig, world_size: int, load: Workload) -> MemoryPlan:
     """The memory plan of a stage. Builds the model's shapes only; reads no weights.
 
     Args:
         world_size: Ranks that ZeRO partitions over.
         load: The largest micro-batch.
+
+    Raises:
+        UnknownMemory: the decoder's forward pass cannot be followed by its shapes.
     """
     dtype = DTYPES[config.engine.precision]
     encoder = build_vision(config.vision, dtype, meta=True)
@@ -177,7 +184,13 @@ def plan(config: RunConfig, world_size: int, load: Workload) -> MemoryPlan:
     side = encoder.image_size
     features = (encoder.num_patches, encoder.feature_width) if cached else (3, side, side)
     saved = _Saved(model, dtype)
-    saved.trace(load, features)
+    try:
+        saved.trace(load, features)
+    except DataDependentOutputException as error:
+        raise UnknownMemory(
+            f"what {type(model.llm).__name__} keeps for its backward pass cannot be planned, as it depends on values: "
+            "set engine.gradient_checkpointing to true or false"
+        ) from error
     return replace(states(model, config, world_size), activations=saved.all(), checkpointed=saved.checkpointed())
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks import zoo
 from data_prep.parts.tiny_llm import build_tokenizer
 from data_prep.store.sample import Sample
 from data_prep.store.writer import write_split
@@ -122,6 +123,14 @@ def test_the_micro_batch_that_a_token_budget_has_room_for(tmp_path, mode, views)
         assert (found.samples, found.images, found.rows, found.length) == (10, 20 * views, 20, length)
         config.data.tokens_per_micro_batch = None
         assert memory.workload(config, tokenizer, 25).samples == 25
+
+
+def test_a_forward_that_depends_on_values_is_not_planned():
+    config = configuration()
+    config.llm.architecture = zoo.tiny_config("falcon_h1").to_dict()
+    config.generator.types = "q,k,v,o"
+    with pytest.raises(memory.UnknownMemory, match="FalconH1.* set engine.gradient_checkpointing to true or false"):
+        memory.plan(config, 2, LOAD)
 
 
 def test_only_layers_with_a_graph_count():
