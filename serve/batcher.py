@@ -1,8 +1,8 @@
 """Continuous batching: requests about different images are decoded together and join and leave at any token.
 
-One thread owns the model. A new request is read alone (its prompt, and its image's weights from the cache), then joins
-the rows in flight; every step then computes one token of every row. Rows see only themselves: each has its own keys and
-values, mask, positions and weights, and its own random numbers.
+One thread owns the model. New requests are read (those that wait, together: their prompts, and their images' weights
+from the cache), then join the rows in flight; every step then computes one token of every row. Rows see only
+themselves: each has its own keys and values, mask, positions and weights, and its own random numbers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -204,53 +204,78 @@ class Batcher:
         self._keep([number for number, reason in enumerate(reasons) if not reason])
 
     def _enter(self) -> None:
-        while len(self._rows) < self.max_rows:
+        """Let waiting requests in, as many as there are places."""
+        fresh: list[Request] = []
+        while len(self._rows) + len(fresh) < self.max_rows:
             try:
-                request = (
-                    self._waiting.get(timeout=0 if self._rows else 0.05)
-                    if not self._rows
-                    else self._waiting.get_nowait()
-                )
+                idle = not self._rows and not fresh
+                request = self._waiting.get(timeout=0.05) if idle else self._waiting.get_nowait()
             except queue.Empty:
-                return
+                break
             if reason := self._over(request):
                 request.tell("", reason)
-                continue
-            try:
-                self._admit(request)
-            except Exception as error:
-                request.tell("", f"error: {type(error).__name__}")
+            else:
+                fresh.append(request)
+        for together in _alike(fresh):
+            self._admit(together)
+
+    def _admit(self, requests: list[Request]) -> None:
+        """Read prompts together, and let their rows join the others; a request that fails, fails alone."""
+        try:
+            read = self._read(requests)
+        except Exception as error:
+            if len(requests) == 1:
+                requests[0].tell("", f"error: {type(error).__name__}")
+                return
+            for request in requests:
+                self._admit([request])
+            return
+        self._join(*read)
 
     @torch.no_grad()
-    def _admit(self, request: Request) -> None:
-        """Read a prompt alone, choose its first token, and join the others."""
-        weights, pixels = self.cache.look(self.model, self.processor, request.images)
-        row = _Row(request, weights, self.processor)
-        ids = torch.tensor([request.ids], device=self.model.device)
+    def _read(self, requests: list[Request]) -> tuple[list[_Row], DynamicCache, Tensor]:
+        """The rows of requests, what the model keeps of them, and where that is something: int64 [R, columns]."""
+        shown = self.cache.look(self.model, [request.images for request in requests])
+        inputs = self.processor.batch([request.ids for request in requests], [[] for _ in requests])
+        mask, length = inputs["attention_mask"], inputs["input_ids"].shape[1]
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        weights = [each if isinstance(each, PerceptualWeights) else None for each in shown]
+        if any(each is not None for each in weights):
+            inputs["perceptual_weights"] = PerceptualWeights.batch(weights)
+        visible = [(number, each) for number, each in enumerate(shown) if isinstance(each, Tensor)]
+        if visible:
+            inputs["pixel_values"] = torch.cat([pixels for _, pixels in visible])
+            owners = torch.tensor([number for number, pixels in visible for _ in pixels])
+            first = torch.tensor([length - len(request.ids) for request in requests])
+            inputs["image_to_row"] = owners
+            inputs["image_at"] = torch.cat([_places(requests[number]) for number, _ in visible]) + first[owners]
+            tokens = torch.bincount(owners, minlength=len(requests)) * self.model.model.connector.visual_tokens
+            size = int((mask.sum(1) + tokens).max())
+            mask = (torch.arange(size) >= size - (mask.sum(1) + tokens)[:, None]).long()
         cache = DynamicCache()
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "perceptual_weights": weights}
-        if pixels is not None:
-            owners = torch.zeros(len(pixels), dtype=torch.int64)
-            inputs |= {"pixel_values": pixels, "image_to_row": owners, "image_at": owners + request.image_at}
-        out = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        self.generated += 1
-        if row.take(row.choose(out.logits[0, -1]), self.processor.text.answer_end):
-            return
-        self._join(row, cache)
+        out = self.model(**inputs.to(self.model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self.generated += len(requests)
+        rows = [_Row(request, each, self.processor) for request, each in zip(requests, weights, strict=True)]
+        ends = self.processor.text.answer_end
+        over = [row.take(row.choose(logits), ends) for row, logits in zip(rows, out.logits[:, -1], strict=True)]
+        kept = [number for number, reason in enumerate(over) if not reason]
+        return [rows[number] for number in kept], _rows_of(cache, kept), mask[kept]
 
-    def _join(self, row: _Row, new: DynamicCache) -> None:
-        length, size = self._mask.shape[1] if self._rows else 0, new.get_seq_length()
-        total = max(length, size)
-        mask = torch.zeros(1, total, dtype=torch.int64)
-        mask[:, total - size :] = 1
-        if not self._rows or self._kv is None:
+    def _join(self, rows: list[_Row], new: DynamicCache, mask: Tensor) -> None:
+        """Rows that have been read stand below those in flight; all end in the same column."""
+        if not rows:
+            return
+        before, self._rows = self._rows, [*self._rows, *rows]
+        if not before or self._kv is None:
             self._kv, self._mask = new, mask
         else:
+            total = max(self._mask.shape[1], mask.shape[1])
             for mine, theirs in zip(self._kv.layers, new.layers, strict=True):
                 mine.keys = torch.cat([_left(mine.keys, total), _left(theirs.keys, total)])
                 mine.values = torch.cat([_left(mine.values, total), _left(theirs.values, total)])
-            self._mask = torch.cat([torch.nn.functional.pad(self._mask, (total - length, 0)), mask])
-        self._rows = [*self._rows, row]
+            masks = [torch.nn.functional.pad(each, (total - each.shape[1], 0)) for each in (self._mask, mask)]
+            self._mask = torch.cat(masks)
+        self._trim()
         self._gather()
 
     def _keep(self, numbers: list[int]) -> None:
@@ -261,14 +286,17 @@ class Batcher:
         if not self._rows or self._kv is None:
             self._kv = self._weights = None
             return
-        kept = torch.tensor(numbers)
-        self._mask = self._mask[kept]
-        first = int(self._mask.any(0).int().argmax())
-        self._mask = self._mask[:, first:]
-        for layer in self._kv.layers:
-            layer.keys = layer.keys[kept.to(layer.keys.device), :, first:]
-            layer.values = layer.values[kept.to(layer.values.device), :, first:]
+        self._kv, self._mask = _rows_of(self._kv, numbers), self._mask[numbers]
+        self._trim()
         self._gather()
+
+    def _trim(self) -> None:
+        """Drop the columns that no row uses any more."""
+        first = int(self._mask.any(0).int().argmax())
+        if first and self._kv is not None:
+            self._mask = self._mask[:, first:]
+            for layer in self._kv.layers:
+                layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
 
     def _gather(self) -> None:
         each = [row.weights for row in self._rows]
@@ -293,6 +321,32 @@ class Batcher:
         logits = out.logits[:, -1]
         over = [row.take(row.choose(logits[number]), ends) for number, row in enumerate(self._rows)]
         self._keep([number for number, reason in enumerate(over) if not reason])
+
+
+def _alike(requests: list[Request]) -> Iterator[list[Request]]:
+    """Groups of which no prompt is more than twice as long as another: padding is work too."""
+    group: list[Request] = []
+    for request in sorted(requests, key=lambda each: len(each.ids)):
+        if group and len(request.ids) > 2 * len(group[0].ids):
+            yield group
+            group = []
+        group.append(request)
+    if group:
+        yield group
+
+
+def _places(request: Request) -> Tensor:
+    """In front of which token of its prompt every view of its images stands: int64 [views]."""
+    return torch.full((sum(len(image.pixels) for image in request.images),), request.image_at)
+
+
+def _rows_of(cache: DynamicCache, numbers: list[int]) -> DynamicCache:
+    """Those rows of a cache alone."""
+    for layer in cache.layers:
+        if len(numbers) < len(layer.keys):
+            kept = torch.tensor(numbers, dtype=torch.int64, device=layer.keys.device)
+            layer.keys, layer.values = layer.keys[kept], layer.values[kept]
+    return cache
 
 
 def _left(x: Tensor, length: int) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import operator
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -127,37 +129,45 @@ class ImageCache:
         return len(self._kept)
 
     def look(
-        self, model: VLoRAForConditionalGeneration, processor: VLoRAProcessor, images: Sequence[SeenImage]
-    ) -> tuple[PerceptualWeights | None, Tensor | None]:
-        """The weights of the images, summed; for a connector that makes none, their pixels.
+        self, model: VLoRAForConditionalGeneration, each: Sequence[Sequence[SeenImage]]
+    ) -> list[PerceptualWeights | Tensor | None]:
+        """What the model needs of the images of several requests.
 
         Returns:
-            Weights or pixels; both None without images.
+            For each request the weights of its images, summed; for a connector that makes none, their pixels; None
+            without images.
         """
-        if not images:
-            return None, None
-        dtype = next(model.encoder.parameters()).dtype
         if model.model.placement is None:
-            return None, torch.cat([image.pixels for image in images]).to(model.device, dtype)
-        total = self.weights(model, images[0])
-        for image in images[1:]:
-            total = total + self.weights(model, image)
-        return total, None
+            dtype = next(model.encoder.parameters()).dtype
+            pixels = [torch.cat([image.pixels for image in images]) if images else None for images in each]
+            return [None if one is None else one.to(model.device, dtype) for one in pixels]
+        made = self._weights(model, [image for images in each for image in images])
+        summed: list[PerceptualWeights | Tensor | None] = []
+        for images in each:
+            found = [made[image.key] for image in images]
+            summed.append(functools.reduce(operator.add, found) if found else None)
+        return summed
 
-    def weights(self, model: VLoRAForConditionalGeneration, image: SeenImage) -> PerceptualWeights:
-        """The weights of one image."""
-        if image.key in self._kept:
-            self.hits += 1
-            self._kept.move_to_end(image.key)
-            return self._kept[image.key]
-        self.misses += 1
-        made = model.perceive(image.pixels.to(model.device))
-        self._kept[image.key] = made
-        self.bytes += _size(made)
+    def _weights(self, model: VLoRAForConditionalGeneration, images: list[SeenImage]) -> dict[str, PerceptualWeights]:
+        """Weights of images by key; those that are not kept are made together."""
+        new = {image.key: image for image in images if image.key not in self._kept}
+        self.misses += len(new)
+        self.hits += len(images) - len(new)
+        found = {image.key: self._kept[image.key] for image in images if image.key not in new}
+        if new:
+            views = torch.tensor([len(image.pixels) for image in new.values()])
+            pixels = torch.cat([image.pixels for image in new.values()]).to(model.device)
+            made = model.perceive(pixels, torch.arange(len(new)).repeat_interleave(views), len(new))
+            found |= {key: made.select(torch.tensor([number])) for number, key in enumerate(new)}
+        for key, weights in found.items():
+            if key in new:
+                self._kept[key] = weights
+                self.bytes += _size(weights)
+            self._kept.move_to_end(key)
         while self.bytes > self.max_bytes and len(self._kept) > 1:
             _, oldest = self._kept.popitem(last=False)
             self.bytes -= _size(oldest)
-        return made
+        return found
 
 
 def _size(weights: PerceptualWeights) -> int:
