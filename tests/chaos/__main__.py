@@ -62,15 +62,16 @@ def run_damage(options: argparse.Namespace, folder: Path) -> int:
     """The damage matrix."""
     bench = damage.Bench(folder)
     cases = [case for case in bench.cases() if not options.only or options.only in str(case)]
-    if options.sample:
-        cases = random.Random(options.seed).sample(cases, min(options.sample, len(cases)))
+    total, cases = len(cases), random.Random(options.seed).sample(cases, min(options.sample or len(cases), len(cases)))
     counts: Counter[str] = Counter()
-    for case in cases:
+    for number, case in enumerate(cases, 1):
         result = bench.run(case, options.seed)
         counts[result.how] += 1
         if result.how not in damage.GOOD or options.verbose:
             print(f"{case}: {result.how}: {result.detail}", flush=True)
-    print(f"damage: {len(cases)} cases: " + ", ".join(f"{n} {how}" for how, n in counts.most_common()))
+        if number % 20 == 0 or number == len(cases):  # in random order, so a part stands for the whole
+            found = ", ".join(f"{n} {how}" for how, n in counts.most_common())
+            print(f"damage: {number} of {total} cases, seed {options.seed}: {found}", flush=True)
     return sum(n for how, n in counts.items() if how not in damage.GOOD)
 
 
