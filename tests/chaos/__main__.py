@@ -1,10 +1,12 @@
-"""`python -m tests.chaos kills|damage|soak`: the bench for what goes wrong. Prints every case and a summary.
+"""`python -m tests.chaos kills|damage|inputs|soak`: the bench for what goes wrong. Prints every case and a summary.
 
     python -m tests.chaos kills --count 200 --seed 0      # that land: in each run one to five in a row
     python -m tests.chaos damage                          # the whole matrix; --sample 40 for a part of it
+    python -m tests.chaos inputs --count 400 --seed 0     # one thing wrong in a command line that works
     python -m tests.chaos soak --steps 5000 --kills 2
 
-The exit code is 1 when anything diverged. `--only` repeats cases: a number of `kills`, or a piece of a damage's name.
+The exit code is 1 when anything diverged. `--only` repeats cases: a number of `kills` or `inputs`, or a piece of the
+name of a damage.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.chaos import damage, kills, soak
+from tests.chaos import damage, inputs, kills, soak
 from tests.train import world
 
 
@@ -75,6 +77,22 @@ def run_damage(options: argparse.Namespace, folder: Path) -> int:
     return sum(n for how, n in counts.items() if how not in damage.GOOD)
 
 
+def run_inputs(options: argparse.Namespace, folder: Path) -> int:
+    """Bad input."""
+    bench = inputs.Inputs(folder)
+    counts: Counter[str] = Counter()
+    numbers = [int(options.only)] if options.only else range(options.count)
+    for tried, number in enumerate(numbers, 1):
+        result = bench.run(number, options.seed)
+        counts[result.how] += 1
+        if result.how not in inputs.GOOD or options.verbose:
+            print(f"{number} {result.module}: {result.what}: {result.how}: {result.detail}", flush=True)
+        if tried % 20 == 0 or tried == len(numbers):
+            found = ", ".join(f"{n} {how}" for how, n in counts.most_common())
+            print(f"inputs: {tried} of {len(numbers)}, seed {options.seed}: {found}", flush=True)
+    return sum(n for how, n in counts.items() if how not in inputs.GOOD)
+
+
 def run_soak(options: argparse.Namespace, folder: Path) -> int:
     """The long run."""
     home = folder / "world"
@@ -87,8 +105,8 @@ def run_soak(options: argparse.Namespace, folder: Path) -> int:
 def main() -> int:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("kills", "damage", "soak"))
-    parser.add_argument("--count", type=int, default=20, help="kills that land")
+    parser.add_argument("what", choices=("kills", "damage", "inputs", "soak"))
+    parser.add_argument("--count", type=int, default=20, help="kills that land, or inputs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="only this case")
     parser.add_argument("--sample", type=int, help="so many random cases of the damage matrix; default all")
@@ -97,7 +115,7 @@ def main() -> int:
     parser.add_argument("--verbose", action="store_true", help="print the good cases of the damage matrix too")
     parser.add_argument("--folder", type=Path, help="where everything lies; default a temporary one, removed")
     options = parser.parse_args()
-    what = {"kills": run_kills, "damage": run_damage, "soak": run_soak}[options.what]
+    what = {"kills": run_kills, "damage": run_damage, "inputs": run_inputs, "soak": run_soak}[options.what]
     if options.folder:
         options.folder.mkdir(parents=True, exist_ok=True)
         return bool(what(options, options.folder.absolute()))

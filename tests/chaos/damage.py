@@ -55,7 +55,7 @@ class Bench:
         self.home, self.base = folder / "world", folder / "base"
         if not (self.home / "llm").exists():
             world.make(self.home)
-            done = world.train(self._words(self.base), timeout=600)
+            done = world.train(self.words(self.base), timeout=600)
             if done.returncode:
                 raise RuntimeError(done.stderr)
             (self.base / "DONE").unlink()
@@ -120,10 +120,10 @@ class Bench:
         run, data = copy / "run", copy / "data"
         match action:
             case "resume":
-                done = world.train(self._words(run), timeout=300)
+                done = world.train(self.words(run), timeout=300)
                 files = [run / "export/model.safetensors"]
             case "train":
-                words = [word for word in self._words(copy / "new") if not word.startswith("stage.steps")]
+                words = [word for word in self.words(copy / "new") if not word.startswith("stage.steps")]
                 done = world.train([*words, "stage.steps=2"], timeout=300)
                 files = [copy / "new/export/model.safetensors"]
             case "evaluate":
@@ -142,7 +142,8 @@ class Bench:
                 return done, {n: file_sha256(folder / n) for n in file_names(folder)}
         return done, [file_sha256(file) if file.is_file() else None for file in files]
 
-    def _words(self, run: Path) -> list[str]:
+    def words(self, run: Path) -> list[str]:
+        """A short run in this world."""
         return world.overrides(
             self.home, run, "stage.steps=4", "checkpoint.every=2", "launch.workers=1", "data.val=squares/val",
             "tracking.num_samples=2",
