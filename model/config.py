@@ -54,7 +54,7 @@ class LLMConfig:
 
 @dataclass
 class VisionConfig:
-    """The vision encoder (any CLIP, SigLIP or DINOv2 of Hugging Face).
+    """The vision encoder (CLIP, SigLIP, DINO, ...: docs/models.md lists those that work).
 
     Attributes:
         path: Hugging Face name or local folder.

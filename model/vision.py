@@ -1,6 +1,8 @@
-"""The vision encoder: any Hugging Face CLIP, SigLIP or DINO, read at a chosen hidden layer."""
+"""The vision encoder: any plain vision transformer of transformers (docs/models.md), read at a chosen hidden layer."""
 
 from __future__ import annotations
+
+import inspect
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +10,9 @@ from transformers import AutoModel
 
 from model.config import VisionConfig
 from model.loading import ModelError, load_pretrained
+
+# Tokens before those of the patches, registers aside: a class token, where nothing else is known.
+_PREFIX = {"siglip": 0, "ijepa": 0, "aimv2": 0, "deit": 2}
 
 
 class VisionEncoder(nn.Module):
@@ -35,7 +40,7 @@ class VisionEncoder(nn.Module):
         if not hasattr(hf, "hidden_size") or not isinstance(getattr(hf, "patch_size", None), int):
             raise ModelError(
                 f"vision.path={config.path}: {hf.model_type} is not a plain vision transformer (one width, square "
-                "patches); supported are CLIP, SigLIP, SigLIP 2 (fixed resolution), DINOv2 and DINOv3"
+                "patches); docs/models.md lists encoders that work"
             )
         self.image_size = config.image_size or hf.image_size
         if self.image_size % hf.patch_size:
@@ -44,14 +49,15 @@ class VisionEncoder(nn.Module):
             raise ValueError(f"vision.layer={config.layer}: count from the end, -1 to -{hf.num_hidden_layers + 1}")
         if config.final_norm and config.layer != -1:
             raise ValueError("vision.final_norm=true only makes sense with vision.layer=-1")
-        # SigLIP has no class token; DINOv2 with registers has more than one prefix token.
-        self.num_prefix = 0 if "siglip" in hf.model_type else 1 + getattr(hf, "num_register_tokens", 0)
+        own = next((n for kind, n in _PREFIX.items() if hf.model_type.startswith(kind)), 1)
+        self.num_prefix = own + getattr(hf, "num_register_tokens", 0)
         patches = (self.image_size // hf.patch_size) ** 2
         self.num_patches = patches + (self.num_prefix if config.keep_cls else 0)
         self.feature_width = hf.hidden_size
-        # CLIP and SigLIP interpolate their positions when asked to; DINOv2 always does and takes no such option.
-        asks = self.image_size != hf.image_size and not hf.model_type.startswith("dinov2")
-        self._options = {"interpolate_pos_encoding": True} if asks else {}
+        # CLIP and SigLIP interpolate their positions when asked to; who takes no such option always does, or cannot.
+        asks = self.image_size != hf.image_size
+        takes = "interpolate_pos_encoding" in inspect.signature(encoder.forward).parameters
+        self._options = {"interpolate_pos_encoding": True} if asks and takes else {}
         if next(encoder.parameters()).is_meta:  # the front end's look at the shapes, before anything is started
             self._check_tokens(self.num_prefix + patches, config.path)
 
@@ -59,12 +65,17 @@ class VisionEncoder(nn.Module):
         """Raise a `ModelError` when the encoder returns another number of tokens than its kind should."""
         with torch.no_grad():
             blank = torch.empty(1, 3, self.image_size, self.image_size, device="meta", dtype=self.encoder.dtype)
-            tokens = self.encoder(pixel_values=blank, **self._options).last_hidden_state.shape[1]
+            try:
+                tokens = self.encoder(pixel_values=blank, **self._options).last_hidden_state.shape[1]
+            except (RuntimeError, ValueError) as error:
+                raise ModelError(
+                    f"vision.path={path}: {self.encoder.config.model_type} takes no image of {self.image_size} pixels "
+                    f"({str(error).splitlines()[0]}); set vision.image_size={self.encoder.config.image_size}"
+                ) from error
         if tokens != expected:
             raise ModelError(
                 f"vision.path={path}: {self.encoder.config.model_type} returns {tokens} tokens for an image of "
-                f"{self.image_size} pixels, {expected} were expected; supported are CLIP, SigLIP, SigLIP 2 (fixed "
-                "resolution), DINOv2 and DINOv3"
+                f"{self.image_size} pixels, {expected} were expected; docs/models.md lists encoders that work"
             )
 
     def train(self, mode: bool = True) -> VisionEncoder:

@@ -23,8 +23,8 @@ from train.config import RunConfig
 
 VALUES = [
     "", " ", "-1", "0", "1.5", "nan", "inf", "1e400", "99999999999999999999", "true", "null", "[]", "{}", "[1,2]",
-    "text", "a=b", "é图", "(", "'", '"', "${oc.env:HOME}", "${", "!!python/object:os.system", "&a [*a]", "a\nb", "~", "*",
-    "x" * 5000, "{a: {b: c}}", "\\", "0x10", "1_000", "--", "#", "a,b", "choice(1,2)",
+    "text", "a=b", "é图", "(", "'", '"', "${oc.env:HOME}", "${", "!!python/object:os.system", "&a [*a]", "a\nb", "~",
+    "*", "x" * 5000, "{a: {b: c}}", "\\", "0x10", "1_000", "--", "#", "a,b", "choice(1,2)",
 ]  # fmt: skip
 WORDS = [
     "",

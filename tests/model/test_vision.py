@@ -1,12 +1,13 @@
 import pytest
 import torch
 from transformers import (
+    Aimv2VisionConfig,
     AutoModel,
     CLIPConfig,
     CLIPModel,
     CLIPVisionConfig,
-    DeiTConfig,
     Dinov2Config,
+    PixtralVisionConfig,
     Siglip2VisionConfig,
     SiglipVisionConfig,
 )
@@ -103,9 +104,12 @@ def test_the_front_end_sees_the_number_of_tokens(name, size):
 
 def test_encoders_of_another_kind_are_refused_in_one_line():
     with torch.device("meta"):
-        distilled = AutoModel.from_config(DeiTConfig(**SIZES))  # two tokens in front of the patches
-        with pytest.raises(ModelError, match="deit returns 18 tokens .* 17 were expected; supported are CLIP"):
-            VisionEncoder(distilled, VisionConfig(path="./deit", layer=-1))
+        rows = AutoModel.from_config(PixtralVisionConfig(**SIZES))  # all images in one row
+        with pytest.raises(ModelError, match="pixtral returns 16 tokens .* 17 were expected; docs/models.md lists"):
+            VisionEncoder(rows, VisionConfig(path="./pixtral", layer=-1))
+        fixed = AutoModel.from_config(Aimv2VisionConfig(**SIZES))
+        with pytest.raises(ModelError, match=r"aimv2_vision_model takes no image of 64 pixels .*vision.image_size=32"):
+            VisionEncoder(fixed, VisionConfig(path="./aimv2", layer=-1, image_size=64))
         naflex = AutoModel.from_config(Siglip2VisionConfig(num_hidden_layers=1))
         with pytest.raises(ModelError, match=r"vision.path=./naflex: .* has no fixed image size"):
             VisionEncoder(naflex, VisionConfig(path="./naflex", layer=-1))
