@@ -136,6 +136,33 @@ class GeneratorConfig:
             raise ConfigError(f"{prefix}every=null and {prefix}layers=null: give one of the two")
 
 
+@dataclass
+class LoRAConfig:
+    """Low-rank adapters of the LLM (`stage.train.llm=lora`): W x + (alpha / rank) B A x, made by the library peft.
+
+    Attributes:
+        rank: Of every adapter.
+        alpha: Adapters are scaled by alpha / rank; null: alpha = rank.
+        dropout: Of an adapter's input, in training.
+        types: Which projections are adapted, as in `generator.types` but without `m`; null: every linear layer of the
+            decoder layers. Those that `stage.freeze` names are not.
+    """
+
+    rank: int = setting(16, within="[1, 65536]")
+    alpha: float | None = setting(None, within="(0, 1e6]")
+    dropout: float = setting(0.0, within="[0, 1)")
+    types: Any = None
+
+    def check(self, prefix: str) -> None:
+        """The types.
+
+        Raises:
+            ConfigError: an unknown type, or `m`, which is no projection.
+        """
+        if self.types is not None and "m" in parse_types(self.types, f"{prefix}types"):
+            raise ConfigError(f"{prefix}types={self.types}: m is no projection of the LLM, so it has no adapter")
+
+
 def _connectors() -> tuple[str, ...]:
     from model.connectors import CONNECTORS  # late: it reads this module
 
@@ -201,8 +228,12 @@ class ModelConfig:
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
 
 
-def parse_types(types: str | list[str]) -> tuple[str, ...]:
+def parse_types(types: str | list[str], key: str = "generator.types") -> tuple[str, ...]:
     """`"qkvom"`, `"q,k,gate"` or a list -> a tuple of types in the order given.
+
+    Args:
+        types: The value of a key.
+        key: Its name, for messages.
 
     Raises:
         ConfigError: an unknown or repeated type, or no text.
@@ -214,11 +245,11 @@ def parse_types(types: str | list[str]) -> tuple[str, ...]:
     for name in names:
         if name not in WEIGHT_TYPES:
             raise ConfigError(
-                f"generator.types={types}: unknown type {name!r}; known: {', '.join(WEIGHT_TYPES)} "
+                f"{key}={types}: unknown type {name!r}; known: {', '.join(WEIGHT_TYPES)} "
                 "(one letter each as in 'qkvom', or separated by commas as in 'q,k,gate')"
             )
     if len(set(names)) != len(names) or not names:
-        raise ConfigError(f"generator.types={types}: empty, or names a type twice")
+        raise ConfigError(f"{key}={types}: empty, or names a type twice")
     return tuple(names)
 
 

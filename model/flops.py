@@ -5,9 +5,15 @@ from __future__ import annotations
 from torch import nn
 
 
-def linear_weights(module: nn.Module) -> int:
-    """Weights of all linear layers below `module`; read from the layers, for a partitioned weight is empty."""
-    return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+def linear_weights(module: nn.Module, trained: bool | None = None) -> int:
+    """Weights of the linear layers below `module`; read from the layers, for a partitioned weight is empty.
+
+    Args:
+        module: Any.
+        trained: Those that are trained, or those that are not; None: all.
+    """
+    linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
+    return sum(m.in_features * m.out_features for m in linears if trained in (None, m.weight.requires_grad))
 
 
 def blocks_flops(blocks: nn.ModuleList, queries: int, keys: int) -> float:

@@ -67,6 +67,8 @@ def plan_memory(config: configuration.RunConfig, workers: int) -> str:
         if config.engine.gradient_checkpointing == "auto":  # which the run would decide by that plan
             raise
         return str(error).partition(": ")[0]
+    if limit is not None and local is not None and local.type == "cpu":
+        limit -= found.host
     return memory.describe(config, workers, load, found, limit)
 
 

@@ -26,7 +26,7 @@ from model.vlm import VisionLanguageModel, build_model
 from train.config import DTYPES, RunConfig, compose_overrides, resolve
 from train.engine.engine import freeze
 from train.measure import memory
-from train.measure.flops import PEAK, FlopCounter
+from train.measure.flops import PEAK, FlopCounter, first_layer_with_a_graph
 from train.measure.summary import parameter_counts
 
 GIB = 2.0**30
@@ -112,6 +112,8 @@ def _column(
     states = memory.states(model, config, world)
     for name in ("weights", "gradients", "optimizer", "buffers"):
         column.append((f"memory: {name}, GiB", f"{getattr(states, name) / GIB:.2f}"))
+    if engine.offload_optimizer:
+        column.append(("memory: in the host's, GiB", f"{states.host / GIB:.2f}"))
     usable = memory.USABLE * options.memory_gib * GIB
     room = usable - states.weights - states.gradients - states.optimizer - states.buffers
     most = [activations.largest(room, recomputed) for recomputed in (False, True)]
@@ -162,10 +164,9 @@ def _crossing(model: VisionLanguageModel, config: RunConfig, world: int) -> tupl
     reduced = trained * (4 if config.engine.reduce_dtype == "fp32" else size) * share
     if config.engine.zero_stage < 3:
         return 0.0, 2 * reduced  # all-reduce, or reduce-scatter and all-gather
-    frozen_above = 0
-    if not config.stage.train.llm:  # still run backwards, for the gradient of its inputs
-        layers = list(decoder_layers(model.llm))[model.connector.first_layer :]
-        frozen_above = sum(linear_weights(layer) for layer in layers)
+    # Still run backwards, for the gradient of their inputs.
+    layers = list(decoder_layers(model.llm))[first_layer_with_a_graph(model) :]
+    frozen_above = sum(linear_weights(layer, trained=False) for layer in layers)
     forward = sum(p.numel() for p in parameters)
     return (forward + trained + frozen_above) * size * share, reduced
 

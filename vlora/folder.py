@@ -3,6 +3,7 @@
 FOLDER/config.json              `VLoRAConfig`: architectures, settings, where the parts' weights are
 FOLDER/model.safetensors        the connector, feature statistics included
 FOLDER/llm/  FOLDER/vision/     Hugging Face folders of the parts that were trained, or that were asked to be copied
+FOLDER/lora/                    adapters the LLM was trained through, as peft reads them; `llm/` has them folded in
 FOLDER/processor_config.json    pixels and text template; beside it the tokenizer and the chat template
 FOLDER/generation_config.json   with which tokens an answer ends
 FOLDER/README.md                the model card
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 EXPORT = "export"
 """Where a run directory keeps its folder."""
 WEIGHTS = "model.safetensors"
+LORA = "lora"
 CHECKSUMS = "checksums.json"
 _REMEDY = "A run exports anew when its file DONE is removed and it is started again"
 _PREFIX = "connector."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -117,9 +117,14 @@ def place(llm: nn.Module, config: GeneratorConfig) -> Placement:
     return Placement(indices, types, sites)
 
 
+def find_projection(modules: Mapping[str, nn.Module], weight_type: str) -> str | None:
+    """Name of the projection of a type among the modules of a decoder layer, or None where it has none."""
+    return next((name for name in _SUFFIXES[weight_type] if name in modules), None)
+
+
 def _site(llm: nn.Module, layer: nn.Module, index: int, weight_type: str) -> Site:
     modules = dict(layer.named_modules())
-    name = next((n for n in _SUFFIXES[weight_type] if n in modules), None)
+    name = find_projection(modules, weight_type)
     if name is None:
         linears = [n for n, m in modules.items() if isinstance(m, nn.Linear)]
         raise ValueError(

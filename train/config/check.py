@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 
 from common.errors import ConfigError
+from common.settings import shown
+from model.config import LoRAConfig
 from model.decoder.norms import check_kernels, require_nvidia_apex
 from train.config.schema import RunConfig
 
@@ -32,6 +34,16 @@ def validate(config: RunConfig) -> None:
         "null (stage.epochs=null or stage.steps=null)",
     )
     check(stage.train.connector or stage.train.llm or stage.train.vision, "stage.train: nothing is trained")
+    check(
+        stage.train.llm != "lora" or stage.name == "finetune",
+        "stage.train.llm=lora adapts the LLM in finetuning, but stage=pretrain keeps it frozen; set "
+        "stage.train.llm=false, or stage=finetune init_from=RUN_DIR_OF_THE_PRETRAINING",
+    )
+    check(
+        stage.train.llm == "lora" or stage.lora == LoRAConfig(),
+        f"stage.lora is given, but stage.train.llm={shown(stage.train.llm)} makes no adapters; set "
+        "stage.train.llm=lora",
+    )
     check(
         stage.name == "pretrain" or config.init_from is not None,
         "stage=finetune needs init_from=RUN_DIR_OF_THE_PRETRAINING",
@@ -77,6 +89,10 @@ def validate(config: RunConfig) -> None:
     check(
         not (engine.offload_optimizer and optim.name != "deepspeed_cpu_adam"),
         f"engine.offload_optimizer=true needs optim.name=deepspeed_cpu_adam, not {optim.name}",
+    )
+    check(
+        not (engine.offload_optimizer and engine.zero_stage == 0),
+        "engine.offload_optimizer=true needs engine.zero_stage=1 or more",
     )
     if config.llm.attn_implementation == "flash_attention_2":
         check(engine.precision == "bf16", "llm.attn_implementation=flash_attention_2 needs engine.precision=bf16")

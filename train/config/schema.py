@@ -13,6 +13,7 @@ from model.config import (
     ConnectorConfig,
     GeneratorConfig,
     LLMConfig,
+    LoRAConfig,
     ModelConfig,
     OpsConfig,
     VisionConfig,
@@ -37,12 +38,12 @@ class TrainedParts:
 
     Attributes:
         connector: The generator, or the projector.
-        llm: The language model.
+        llm: The language model; `lora`: low-rank adapters of it (finetuning).
         vision: The vision encoder.
     """
 
     connector: bool = True
-    llm: bool = False
+    llm: Any = setting(False, choices=(False, True, "lora"))
     vision: bool = False
 
 
@@ -56,6 +57,7 @@ class StageConfig:
         epochs: Passes over the data, may be a fraction.
         train: Which parts are trained.
         freeze: Glob patterns of parameter names kept frozen all the same, e.g. `llm.model.embed_tokens.*`.
+        lora: The adapters of `train.llm=lora`.
     """
 
     name: str = setting("pretrain", choices=STAGES)
@@ -63,6 +65,7 @@ class StageConfig:
     epochs: float | None = setting(1.0, within="(0, 1e6]")
     train: TrainedParts = field(default_factory=TrainedParts)
     freeze: list[str] = field(default_factory=list)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
 
 
 @dataclass
@@ -73,7 +76,7 @@ class LearningRates:
         connector: The generator (or projector) without heads and B.
         heads: The generator's linear heads.
         output_factors: The learned factors B.
-        llm: The language model.
+        llm: The language model, or its adapters.
         vision: The vision encoder.
     """
 
@@ -136,7 +139,8 @@ class EngineConfig:
             sub_group_size: ZeRO-3's settings of these names; sizes in elements.
         reduce_scatter: Reduce gradients by reduce-scatter; false: by all-reduce, each rank keeping its part.
         reduce_dtype: What gradients are rounded to while they cross the ranks, `fp32` or `bf16`; null: `precision`.
-        offload_optimizer: Keep optimizer state in host memory.
+        offload_optimizer: Keep gradients and optimizer state in host memory, where DeepSpeed's CPU optimizer steps.
+            Needs `optim.name=deepspeed_cpu_adam`, which is compiled once per node (docs/performance.md).
         timeout_minutes: A collective that takes longer ends the run.
         hang_minutes: A rank that has not moved for so long, once it has trained, has all ranks write their stacks to
             `RUN_DIR/hang`, and the run ends as after a crash (a cluster requeues it); null: not watched. Shorter than

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from model.decoder.injection import SharedInput
+from model.decoder.lora import add_adapters
 from model.vlm import VisionLanguageModel
 from train.config import OptimConfig, RunConfig, StageConfig
 from train.process import watchdog
@@ -62,15 +63,16 @@ def deepspeed_config(config: RunConfig, world_size: int, accumulation: int) -> d
 
 
 def freeze(model: VisionLanguageModel, stage: StageConfig) -> None:
-    """Set `requires_grad` as the stage says.
+    """Set `requires_grad` as the stage says; with `stage.train.llm=lora`, adapt what would have been trained.
 
     Raises:
         UserError: a `stage.freeze` pattern that matches no parameter.
+        ValueError: adapters that this LLM cannot have.
     """
     for part in ("connector", "llm", "vision"):
         module = getattr(model, part)
         if module is not None:
-            module.requires_grad_(getattr(stage.train, part))
+            module.requires_grad_(bool(getattr(stage.train, part)))
     names = [name for name, _ in model.named_parameters()]
     for pattern in stage.freeze:
         matched = fnmatch.filter(names, pattern)
@@ -78,6 +80,8 @@ def freeze(model: VisionLanguageModel, stage: StageConfig) -> None:
             raise UserError(f"stage.freeze: {pattern!r} matches no parameter; names look like {names[-1]!r}")
         for name in matched:
             model.get_parameter(name).requires_grad_(False)
+    if stage.train.llm == "lora":
+        add_adapters(model.llm, stage.lora)
 
 
 def part_of(name: str) -> str:
@@ -281,7 +285,10 @@ class Engine:
 
     def _clear_stale_gradients(self) -> None:
         # Under ZeRO-3 a parameter without a gradient in this step would re-apply the one of an earlier step: the flat
-        # buffer is never zeroed.
+        # buffer is never zeroed, nor are the offloaded optimizer's own gradients.
         buffer = getattr(self._ds.optimizer, "grad_partitions_flat_buffer", None)
         if buffer is not None:
             buffer.zero_()
+            if self.config.engine.offload_optimizer:
+                for group in self._ds.optimizer.fp32_partitioned_groups_flat:
+                    group.grad.zero_()

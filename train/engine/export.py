@@ -17,6 +17,7 @@ from common.files import sync
 from data_prep.store.pixels import load_preprocessor
 from model.config import ModelConfig
 from model.connectors import Connector
+from model.decoder.lora import is_adapted, merge, save_adapters
 from model.loading import ModelError, fingerprint, pretrained_config
 from train.config import DTYPES, RunConfig
 from train.engine.checkpoint import CheckpointError
@@ -66,6 +67,7 @@ def export(
     """Write the export of a finished stage, replacing an earlier one. Collective.
 
     Parts that were trained, in this stage or in one before it, are written; of the others their place and fingerprint.
+    An LLM trained through adapters is written with them folded in, and they are written beside it.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -77,15 +79,23 @@ def export(
     trained = {
         n: p for n, p in every.items() if any(x.requires_grad for x in p.parameters()) or exported_part(config, n)
     }
-    own = {name: dict(full_tensors(part, next(part.parameters()).dtype)) for name, part in trained.items()}
+    adapted = is_adapted(model.llm)
+    own = {
+        # Of adapters the fp32 masters are merged.
+        name: dict(full_tensors(part, None if adapted and name == "llm" else next(part.parameters()).dtype))
+        for name, part in trained.items()
+    }
     if main:
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
+            if adapted:
+                start = _place(exported_part(config, "llm") or config.llm.path)
+                save_adapters(model.llm, own["llm"], start, temporary / folders.LORA)
+                own["llm"] = merge(model.llm, own["llm"], model.llm.dtype)
             parts: dict[str, Any] = {}
             for name, path in (("llm", config.llm.path), ("vision", config.vision.path)):
-                place = Path(path).expanduser()
-                base = {"path": str(place.resolve()) if place.is_dir() else path, "fingerprint": identity[name]}
+                base = {"path": _place(path), "fingerprint": identity[name]}
                 parts[name] = base | {"base": None}
                 if name in own:
                     _save_part(trained[name], own[name], temporary / name)
@@ -110,6 +120,12 @@ def export(
             raise CheckpointError(f"export to {folder} failed ({error}); the checkpoints are untouched") from error
     distributed.barrier()
     return folder
+
+
+def _place(path: str | Path) -> str:
+    """A folder from its root, or a name as it is."""
+    folder = Path(path).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else str(path)
 
 
 def _save_part(part: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:

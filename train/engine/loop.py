@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -129,6 +130,9 @@ class Loop:
         if counts.targets == 0:
             raise UserError(f"step {step} has no target token on any rank; look at data.on_too_long")
         rates = engine.learning_rates()
+        # What a step draws (dropout) follows from its number and rank, so that a resumed run draws the same.
+        drawn = np.random.SeedSequence((self.stage.config.seed, step, distributed.rank())).generate_state(1, np.uint64)
+        torch.manual_seed(int(drawn[0]))
         loss = positions = computed = 0.0
         weights: PerceptualWeights | None = None
         for number, batch in enumerate(batches, 1):

@@ -100,6 +100,7 @@ def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: Stop
     config = _settle_checkpointing(config, micro_steps, data.tokenizer, device)
     model = _build(config, micro_steps, data)
     norms = base_norms(model.llm, model.placement, lambda w: GatheredParameters([w])) if model.placement else {}
+    freeze(model, config.stage)  # after the norms: adapters are no part of W
     recorder = Recorder(config, total_steps, FlopCounter(model, features_cached=config.vision.cache), norms)
     table, counts = describe(model), parameter_counts(model)
     engine = Engine(model, config, total_steps, micro_steps)
@@ -214,8 +215,8 @@ def _settle_checkpointing(
     load = memory.workload(config, tokenizer, config.data.batch_size // world // micro_steps)
     own = memory.available(config, device, distributed.local_world_size())
     assert own is not None  # the device is known
-    limit = int(distributed.reduce([own], device, "min")[0])
     plan = memory.plan(config, world, load)
+    limit = int(distributed.reduce([own], device, "min")[0]) - (plan.host if device.type == "cpu" else 0)
     if distributed.rank() == 0:
         print(memory.describe(config, world, load, plan, limit), flush=True)
     chosen = replace(config.engine, gradient_checkpointing=plan.needs_checkpointing(limit))
@@ -230,7 +231,7 @@ def _vision(config: RunConfig) -> VisionConfig:
 def _build(config: RunConfig, micro_steps: int, data: _Data) -> VisionLanguageModel:
     """The model, its pretrained parts partitioned while they are read (ZeRO-3): no rank ever holds all of them.
 
-    Starts from the export of `init_from`, and with the stage's parts frozen.
+    Starts from the export of `init_from`.
     """
     llm_path = str(exported_part(config, "llm") or config.llm.path)
     # transformers asks this object (by weak reference) whether to partition while loading.
@@ -240,7 +241,6 @@ def _build(config: RunConfig, micro_steps: int, data: _Data) -> VisionLanguageMo
     del keep
     if config.init_from is not None:
         load_connector(model.connector, Path(config.init_from), config.model, data.identity)
-    freeze(model, config.stage)
     return model
 
 

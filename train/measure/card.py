@@ -93,6 +93,8 @@ def training(config: RunConfig, record: dict[str, Any], facts: dict[str, Any]) -
     """Name and value of what a run was: stage, steps, rates, precision, data, seed, code, versions."""
     rates = ", ".join(f"{part} {rate:g}" for part, rate in asdict(config.optim.lr).items() if rate is not None)
     trained = ", ".join(part for part in ("connector", "llm", "vision") if getattr(config.stage.train, part))
+    if config.stage.train.llm == "lora":
+        trained = trained.replace("llm", f"llm through adapters of rank {config.stage.lora.rank}")
     rows = [
         ("stage", f"{config.stage.name}, trained: {trained}"),
         ("started from", str(config.init_from or "the pretrained parts")),

@@ -40,15 +40,15 @@ class FlopCounter:
     def __init__(self, model: VisionLanguageModel, features_cached: bool) -> None:
         llm, config = model.llm, model.llm.config.get_text_config()
         layers = decoder_layers(llm)
-        self._linear = [linear_weights(layer) for layer in layers]
+        self._linear = [(linear_weights(layer), linear_weights(layer, trained=True)) for layer in layers]
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         self._attention_width = heads * head_dim
         head = llm.get_output_embeddings()
         self._head = head.in_features * head.out_features
-        self._llm_trained = any(p.requires_grad for p in llm.parameters())
+        self._head_trained = head.weight.requires_grad
         self._visual_tokens = model.connector.visual_tokens
-        self._first_layer = model.connector.first_layer
+        self._first_layer = first_layer_with_a_graph(model)
         self._delta = model.connector.decoder_flops()
         self._vision = 0 if features_cached or model.vision is None else vision_flops(model.vision)
         vision_trained = model.vision is not None and any(p.requires_grad for p in model.vision.parameters())
@@ -67,12 +67,12 @@ class FlopCounter:
         tokens = text_tokens + self._visual_tokens * rows
         context = tokens / max(1, rows)
         llm = 0.0
-        for index, linear in enumerate(self._linear):
-            forward = 2 * linear * tokens + 4 * context * self._attention_width * tokens
-            # A frozen LLM needs the gradient of its inputs only, down to the first layer that the image changes.
-            passes = 3 if self._llm_trained else 2 if index >= self._first_layer else 1
-            llm += passes * forward
-        llm += 2 * self._head * targets * (3 if self._llm_trained else 2)
+        for index, (linear, trained) in enumerate(self._linear):
+            attention = 4 * context * self._attention_width * tokens
+            llm += 2 * linear * tokens + attention
+            if index >= self._first_layer:  # gradients of inputs, and of the weights that are trained
+                llm += 2 * (linear + trained) * tokens + 2 * attention
+        llm += 2 * self._head * targets * (3 if self._head_trained else 2)
         return StepFlops(
             vision=self._vision_passes * self._vision * images,
             connector=3 * self._connector * images,
@@ -83,9 +83,16 @@ class FlopCounter:
     def prompt(self, text_tokens: int) -> float:
         """FLOPs of answering one prompt with an image up to its first new token: prefill, and the head once."""
         tokens = text_tokens + self._visual_tokens
-        linear = 2.0 * sum(self._linear) * tokens
+        linear = 2.0 * sum(linear for linear, _ in self._linear) * tokens
         attention = 4.0 * tokens**2 * self._attention_width * len(self._linear)
         return linear + attention + 2.0 * self._head + self._connector + self._delta * tokens
+
+
+def first_layer_with_a_graph(model: VisionLanguageModel) -> int:
+    """The first decoder layer that is run backwards: the image changes it, or something in or below it is trained."""
+    parts = [model.llm.get_input_embeddings(), *decoder_layers(model.llm)]
+    trained = [number for number, part in enumerate(parts) if any(p.requires_grad for p in part.parameters())]
+    return min([model.connector.first_layer, *(max(0, number - 1) for number in trained)])
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -74,6 +74,7 @@ class MemoryPlan:
         update: Further memory of the optimizer's step, when no activations are alive.
         activations: Of one micro-batch, everything saved for the backward pass.
         checkpointed: The same when the decoder layers are recomputed.
+        host: Of the optimizer and the gradients, in host memory (`engine.offload_optimizer`).
     """
 
     weights: int
@@ -83,6 +84,7 @@ class MemoryPlan:
     update: int
     activations: int
     checkpointed: int
+    host: int = 0
 
     def total(self, checkpointing: bool) -> int:
         """At the peak of a step."""
@@ -215,11 +217,12 @@ def states(model: nn.Module, config: RunConfig, world_size: int) -> MemoryPlan:
     optimizer = trained / shard * (8 + 4 * (stage > 0 or size < 4))
     bucket = min(engine.reduce_bucket_size, trained) * size * (1 + engine.overlap_comm)
     update = 4 * min(engine.sub_group_size, trained / shard) if stage == 3 else 4 * trained / shard
-    if engine.offload_optimizer:
-        gradients = optimizer = update = 0
+    host = 0.0
+    if engine.offload_optimizer:  # there the gradients are once more, as the optimizer reads them
+        host, gradients, optimizer, update = gradients + optimizer + 4 * trained / shard, 0, 0, 0
     whole_gradients = 0 if stage >= 2 else trained * size * (size < 4)
     buffers = gathered + bucket + largest * size + whole_gradients
-    return MemoryPlan(int(weights), int(gradients), int(optimizer), int(buffers), int(update), 0, 0)
+    return MemoryPlan(int(weights), int(gradients), int(optimizer), int(buffers), int(update), 0, 0, int(host))
 
 
 def _any_precision() -> AbstractContextManager[Any]:
@@ -350,6 +353,8 @@ def describe(config: RunConfig, world_size: int, load: Workload, found: MemoryPl
     for name in ("weights", "gradients", "optimizer", "buffers", "activations", "checkpointed"):
         label = {"checkpointed": "  recomputed", "buffers": "gathered, buckets"}.get(name, name)
         lines.append(f"{label:<20}{getattr(found, name) / 2**30:>8.2f}")
+    if engine.offload_optimizer:
+        lines.append(f"{'in host memory':<20}{found.host / 2**30:>8.2f}")
     for checkpointing in (False, True):
         label = f"total, gradient_checkpointing={str(checkpointing).lower()}"
         lines.append(f"{label:<40}{found.total(checkpointing) / 2**30:>8.2f}")

@@ -37,7 +37,8 @@ VISION = {
 
 
 def configuration(stage: str = "pretrain", **engine) -> RunConfig:
-    config = RunConfig(stage=StageConfig(name=stage, train=TrainedParts(llm=stage == "finetune")))
+    llm = {"pretrain": False, "finetune": True, "lora": "lora"}[stage]
+    config = RunConfig(stage=StageConfig(name="finetune" if llm else stage, train=TrainedParts(llm=llm)))
     config.llm.path = config.vision.path = "-"
     config.llm.architecture, config.vision.architecture = ARCHITECTURE, VISION
     config.vision.layer = -1
@@ -58,6 +59,8 @@ LOAD = Workload(samples=6, images=6, rows=12, length=33, mean_length=33.0, measu
         ("finetune", "vlora", 99),
         ("pretrain", "mlp", 99),
         ("finetune", "qformer", None),
+        ("lora", "vlora", None),
+        ("lora", "mlp", 99),
         ("experts", "vlora", None),
     ],
 )
@@ -143,13 +146,17 @@ def test_only_layers_with_a_graph_count():
     assert plans[0].activations < 0.6 * plans[1].activations
 
 
-def test_states_follow_zero():
+@pytest.mark.parametrize("stage", ["finetune", "lora"])
+def test_states_follow_zero(stage):
     """ZeRO (arXiv 1910.02054, figure 1): 2 + 2 + 12 bytes per parameter in bf16, here with fp32 gradients."""
-    config = configuration("finetune", precision="bf16", persistence_threshold=0)
+    config = configuration(stage, precision="bf16", persistence_threshold=0)
     model = build_model(config.model, meta=True)
     freeze(model, config.stage)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
+    if stage == "lora":  # rank 16 on q, o, k, v, gate, up, down of four layers of width 64, 32 for k and v, 160 inside
+        adapters = 4 * 16 * (2 * 128 + 2 * 96 + 3 * 224)
+        assert trained == adapters + sum(p.numel() for p in model.connector.parameters())
     for stage in range(4):
         for world in (1, 8):
             config.engine.zero_stage = stage
