@@ -1,7 +1,8 @@
 # Every target makes its own .venv when it is missing or a requirements file is newer, and reuses it otherwise.
 PYTHON ?= python3.11
-OUT ?= outputs/demo
+OUT ?= outputs/demo$(if $(filter-out easy_vqa,$(DATA)),-$(DATA))
 CONNECTORS ?= vlora
+DATA ?= easy_vqa
 VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
@@ -15,8 +16,8 @@ help:                             ## this list
 
 venv: $(VENV)/.installed          ## the environment alone
 
-demo: $(VENV)/.installed          ## prepare, pretrain, finetune, evaluate, report (OUT=dir)
-	$(BIN)/python -m train.demo --out $(OUT) --connectors $(CONNECTORS)
+demo: $(VENV)/.installed          ## prepare, pretrain, finetune, evaluate, report (OUT=dir DATA=scenes ARGS=seed=1)
+	$(BIN)/python -m train.demo --out $(OUT) --data $(DATA) --connectors $(CONNECTORS) $(ARGS)
 
 compare: $(VENV)/.installed       ## the demo with VLoRA and the LLaVA-style projector side by side
 	$(BIN)/python -m train.demo --out outputs/compare --connectors vlora mlp

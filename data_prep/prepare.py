@@ -304,13 +304,14 @@ def _token_counter(options: Options) -> TokenCounter | None:
 def _counter(tokenizer: str, template: str) -> TokenCounter:
     from transformers import AutoTokenizer
 
+    from data_prep.text.dialogues import placed_images
     from data_prep.text.encoder import TextEncoder
     from model.batch import IGNORE
 
     encoder = TextEncoder(AutoTokenizer.from_pretrained(tokenizer), template)
 
     def count(dialogue: Dialogue) -> tuple[int, int, int]:
-        labels = encoder.encode(dialogue).labels
+        labels = encoder.encode(dialogue, placed_images(dialogue)).labels
         unknown = 0 if encoder.unknown_id is None else labels.count(encoder.unknown_id)
         return len(labels), sum(label != IGNORE for label in labels), unknown
 

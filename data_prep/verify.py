@@ -15,11 +15,15 @@ from data_prep.store.errors import DataError, Defect
 from data_prep.store.images import MAX_PIXELS, describe, open_image
 from data_prep.store.sample import ROLES, Dialogue, Dropped, Sample
 from data_prep.store.split import Split
-from data_prep.text.dialogues import IMAGE_TOKEN
+from data_prep.text.dialogues import IMAGE_TOKEN, placed_images
 
 
-def check_dialogue(dialogue: Dialogue) -> None:
+def check_dialogue(dialogue: Dialogue, images: int = 0) -> None:
     """Roles alternate user/assistant after at most one system turn, and every answer says something.
+
+    Args:
+        dialogue: Its turns.
+        images: How many images it is about; the user's turns hold as many image tokens, or none.
 
     Raises:
         Defect: naming what is wrong and in which turn.
@@ -36,7 +40,7 @@ def check_dialogue(dialogue: Dialogue) -> None:
             raise Defect("text is not valid Unicode", f"turn {number}")
         if "\0" in content:
             raise Defect("text holds a NUL character", f"turn {number}")
-        if IMAGE_TOKEN in content:
+        if IMAGE_TOKEN in content and (turn["role"] != "user" or placed_images(dialogue) != images):
             raise Defect("image token left in text", f"turn {number}")
         if turn["role"] == "assistant" and not content.strip():
             raise Defect("answer empty", f"turn {number}")
@@ -93,7 +97,7 @@ class Verifier:
                 raise Defect("conversation empty")
             for number, dialogue in enumerate(sample.conversations):
                 try:
-                    check_dialogue(dialogue)
+                    check_dialogue(dialogue, len(sample.images))
                 except Defect as defect:
                     where = f"dialogue {number}" if len(sample.conversations) > 1 else ""
                     raise Defect(defect.reason, ", ".join(filter(None, (where, defect.detail)))) from None

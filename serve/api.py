@@ -197,7 +197,7 @@ class Service:
             asked.seed,
             asked.stop,
             started + self.settings.seconds,
-            (prompt.image_at or (0,))[0],
+            prompt.image_at,
         )
         try:
             self.batcher.submit(work)

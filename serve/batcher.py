@@ -35,7 +35,7 @@ class Request:
     Attributes:
         ids: Prompt, token ids.
         images: What it is about.
-        image_at: In front of which token they stand, for a connector that puts them into the input.
+        image_at: In front of which token each stands, for a connector that puts them into the input.
         max_tokens: Longest answer, its end included.
         temperature, top_p, seed: Of sampling; temperature 0: greedy.
         stop: Texts that end the answer; they are not part of it.
@@ -53,7 +53,7 @@ class Request:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     deadline: float = float("inf")
-    image_at: int = 0
+    image_at: tuple[int, ...] = ()
     cancelled: threading.Event = field(default_factory=threading.Event)
     new_tokens: int = 0
 
@@ -337,7 +337,8 @@ def _alike(requests: list[Request]) -> Iterator[list[Request]]:
 
 def _places(request: Request) -> Tensor:
     """In front of which token of its prompt every view of its images stands: int64 [views]."""
-    return torch.full((sum(len(image.pixels) for image in request.images),), request.image_at)
+    views = torch.tensor([len(image.pixels) for image in request.images])
+    return torch.tensor(request.image_at, dtype=torch.int64).repeat_interleave(views)
 
 
 def _rows_of(cache: DynamicCache, numbers: list[int]) -> DynamicCache:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from data_prep.store.sample import Dialogue
+from data_prep.text.dialogues import join_parts, says_where
+
 _UNSUPPORTED = {
     "n": (None, 1),
     "tools": (None, []),
@@ -135,7 +138,8 @@ def _messages(value: Any, limits: Limits) -> tuple[list[dict[str, str]], list[st
         raise BadRequest("messages is a list of at least one message", "messages")
     if len(value) > limits.messages:
         raise BadRequest(f"at most {limits.messages} messages are taken", "messages")
-    dialogue: list[dict[str, str]] = []
+    dialogue: Dialogue = []
+    placed: Dialogue = []
     images: list[str] = []
     for number, message in enumerate(value):
         where = f"messages[{number}]"
@@ -144,37 +148,41 @@ def _messages(value: Any, limits: Limits) -> tuple[list[dict[str, str]], list[st
         role = {"developer": "system"}.get(str(message.get("role")), message.get("role"))
         if role not in ("system", "user", "assistant"):
             raise BadRequest(f"{where}.role is system, user or assistant", f"{where}.role")
-        texts, found = _content(message.get("content"), where)
+        parts, found = _content(message.get("content"), where)
         if found and role != "user":
             raise BadRequest(f"{where}: images stand in a user's message", where)
         images += found
-        dialogue.append({"role": role, "content": "\n".join(texts)})
+        for turns, text in zip((dialogue, placed), join_parts(parts), strict=True):
+            turns.append({"role": role, "content": text})
     if dialogue[-1]["role"] != "user":
         raise BadRequest("the last message is the user's", "messages")
     if len(images) > limits.images:
         raise BadRequest(f"{len(images)} images; at most {limits.images} are taken", "messages")
     if sum(len(turn["content"]) for turn in dialogue) > limits.text:
         raise BadRequest(f"more than {limits.text} characters of text", "messages")
-    return dialogue, images
+    return (placed if says_where(placed, len(images)) else dialogue), images
 
 
-def _content(content: Any, where: str) -> tuple[list[str], list[str]]:
+def _content(content: Any, where: str) -> tuple[list[str | None], list[str]]:
+    """Parts of a content, None for an image, and the images."""
     if isinstance(content, str):
         return [content], []
     if not isinstance(content, list):
         raise BadRequest(f"{where}.content is a text or a list of parts", f"{where}.content")
-    texts, images = [], []
+    parts: list[str | None] = []
+    images: list[str] = []
     for number, part in enumerate(content):
         at = f"{where}.content[{number}]"
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
+            parts.append(part["text"])
         elif kind == "image_url":
             url = part.get("image_url")
             url = url.get("url") if isinstance(url, dict) else url
             if not isinstance(url, str):
                 raise BadRequest(f"{at}.image_url.url is a text", at)
             images.append(url)
+            parts.append(None)
         else:
             raise BadRequest(f"{at} is {{type: text, text}} or {{type: image_url, image_url: {{url}}}}", at)
-    return texts, images
+    return parts, images

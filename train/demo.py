@@ -16,6 +16,7 @@ import resource
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,40 @@ from model.connectors import CONNECTORS
 from train.config import DTYPES
 from train.process import launch
 from train.process.run_files import RunDir
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a demo is about.
+
+    Attributes:
+        title: Of its report.
+        prepare: Commands that make its data, by name.
+        recipe: Folder of `conf/recipe` with its steps and rates; None: the LLM's own.
+        splits: Where it is tested; the first counts.
+    """
+
+    title: str
+    prepare: dict[str, tuple[str, ...]]
+    recipe: str | None = None
+    splits: tuple[str, ...] = ("test",)
+
+
+SUBJECTS = {
+    "easy_vqa": Subject("easy-VQA", {"data": ("data_prep", "source=easy_vqa")}),
+    "scenes": Subject(
+        "composed scenes",
+        {
+            "cut-outs": ("data_prep.parts.cutouts", "emoji"),
+            "data": (
+                *("data_prep", "source=scenes", "name=scenes", "workers=2"),
+                *("source.style=google", "source.test_style=twitter"),
+            ),
+        },
+        "scenes",
+        ("test", "scenes/test_objects", "scenes/test_style"),
+    ),
+}
 
 
 class _PeakMemory(threading.Thread):
@@ -130,9 +165,10 @@ def main() -> int:
     """Parse the command line and run the pipeline."""
     parser = argparse.ArgumentParser(prog="python -m train.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder for runs and report")
+    parser.add_argument("--data", default="easy_vqa", choices=list(SUBJECTS), help="what it learns to see")
     parser.add_argument("--connectors", nargs="+", default=["vlora"], choices=list(CONNECTORS))
     parser.add_argument("--llm", default="smollm2_135m", choices=["smollm2_135m", "tiny"])
-    parser.add_argument("--questions", type=int, default=2000, help="test questions, a fixed random subset; 0: all")
+    parser.add_argument("--questions", type=int, default=2000, help="per split, a fixed random subset; 0: all")
     parser.add_argument("overrides", nargs="*", help="further overrides for both stages, key=value")
     arguments = parser.parse_args()
     out: Path = arguments.out
@@ -143,7 +179,8 @@ def main() -> int:
     steps.run("parts", "data_prep.parts")
     if arguments.llm == "tiny":
         steps.run("tiny llm", "data_prep.parts.tiny_llm")
-    steps.run("data", "data_prep", "source=easy_vqa")
+    for name, command in SUBJECTS[arguments.data].prepare.items():
+        steps.run(name, *command)
     results: dict[str, Any] = {}
     for connector in arguments.connectors:
         results[connector] = _connector(connector, arguments, steps, out)
@@ -187,20 +224,27 @@ def _connector(connector: str, arguments: argparse.Namespace, steps: Steps, out:
     common = [f"connector={connector}", f"llm={arguments.llm}"]
     if arguments.llm != "tiny":  # too small to gain from it
         common.append(f"engine.precision={precision(out)}")
-    common += arguments.overrides
+    subject = SUBJECTS[arguments.data]
     runs = {stage: out / connector / stage for stage in ("pretrain", "finetune")}
     for stage, run in runs.items():
         init = [] if stage == "pretrain" else [f"init_from={runs['pretrain']}"]
+        if subject.recipe:
+            init.append(f"recipe={subject.recipe}/{stage}")
         if stage == "finetune" and arguments.llm != "tiny":  # the LLM's gradients are most of what crosses the ranks
             init.append("engine.reduce_dtype=bf16")
-        steps.run(f"{stage} {connector}", "train", f"stage={stage}", f"run_dir={run}", *init, *common)
-    evaluation = {}
-    # Half as many questions tell whether the control falls to the floor.
-    for images, questions in (("real", arguments.questions), ("shuffled", arguments.questions // 2)):
-        limit = [f"max_samples={questions}"] if questions else []
-        name = f"evaluate {connector}" + ("" if images == "real" else ", wrong image")
-        steps.run(name, "train.evaluate", f"run={runs['finetune']}", f"images={images}", *limit)
-        evaluation[images] = read_json(RunDir(runs["finetune"]).evaluation / f"test-{images}.json", _REMEDY)
+        steps.run(
+            f"{stage} {connector}", "train", f"stage={stage}", f"run_dir={run}", *init, *common, *arguments.overrides
+        )
+    evaluation: dict[str, dict[str, Any]] = {split: {} for split in subject.splits}
+    for split in subject.splits:
+        # Half as many questions tell whether the control falls to the floor.
+        for images, questions in (("real", arguments.questions), ("shuffled", arguments.questions // 2)):
+            limit = [f"max_samples={questions}"] if questions else []
+            where = "" if split == subject.splits[0] else f" on {split}"
+            name = f"evaluate {connector}{where}" + ("" if images == "real" else ", wrong image")
+            steps.run(name, "train.evaluate", f"run={runs['finetune']}", f"split={split}", f"images={images}", *limit)
+            file = RunDir(runs["finetune"]).evaluation / f"{split.replace('/', '-')}-{images}.json"
+            evaluation[split][images] = read_json(file, _REMEDY)
     return {"runs": runs, "evaluation": evaluation}
 
 
@@ -211,12 +255,16 @@ def _report(arguments: argparse.Namespace, steps: Steps, out: Path, results: dic
 
     first = next(iter(results.values()))
     config = configuration.load(RunDir(first["runs"]["finetune"]).config)
-    floor = first["evaluation"]["real"]["blind_floor"]
+    subject = SUBJECTS[arguments.data]
+    tested = {c: v["evaluation"][subject.splits[0]] for c, v in results.items()}
+    floor = next(iter(tested.values()))["real"]["blind_floor"]
     stages = {c: {s: stage_figures(r) for s, r in v["runs"].items()} for c, v in results.items()}
     summary = {
         "llm": config.llm.path,
         "vision": config.vision.path,
-        "connectors": {c: {"stages": stages[c], "evaluation": v["evaluation"]} for c, v in results.items()},
+        "connectors": {
+            c: {"stages": stages[c], "evaluation": tested[c], "splits": v["evaluation"]} for c, v in results.items()
+        },
         "blind_floor": floor,
         "steps": steps.costs,
         "seconds_without_setup": seconds,
@@ -228,8 +276,8 @@ def _report(arguments: argparse.Namespace, steps: Steps, out: Path, results: dic
         {f"{c} {s}": f["step_seconds"] for c, v in stages.items() for s, f in v.items()}, out / "step_time.png"
     )
     runs = load([run for value in results.values() for run in value["runs"].values()])
-    file = report.write(out, runs, "VLoRA on easy-VQA", _cost(stages, steps.costs))
-    overall = {c: v["evaluation"]["real"]["accuracy"]["overall"]["percent"] for c, v in results.items()}
+    file = report.write(out, runs, f"VLoRA on {subject.title}", _cost(stages, steps.costs))
+    overall = {c: each["real"]["accuracy"]["overall"]["percent"] for c, each in tested.items()}
     for connector, percent in overall.items():
         print(f"{connector}: {percent:.1f} % overall, blind floor {floor['overall']['percent']:.1f} %")
     print(f"report: {file}")

@@ -21,6 +21,7 @@ from data_prep.store.errors import DataError
 from data_prep.store.images import open_image, read_image, to_rgb
 from data_prep.store.pixels import PixelPreprocessor
 from data_prep.store.sample import Dialogue
+from data_prep.text.dialogues import join_parts, says_where
 from data_prep.text.encoder import TextEncoder
 
 Picture: TypeAlias = Image.Image | bytes | str | Path | np.ndarray | Tensor
@@ -173,7 +174,8 @@ class VLoRAProcessor(ProcessorMixin):
         """A conversation, or a list of them, as inputs (`tokenize=True, return_dict=True`), token ids or text.
 
         Contents are texts, or lists of `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}` (also
-        `url`, `path`, `base64`, or OpenAI's `image_url`). All images of a conversation count for all of its text.
+        `url`, `path`, `base64`, or OpenAI's `image_url`). All images of a conversation count for all of its text;
+        with visual tokens, each stands at its place in it.
 
         Raises:
             DataError: turns the template cannot render, or an image that cannot be read.
@@ -236,24 +238,30 @@ class VLoRAProcessor(ProcessorMixin):
 
 
 def split_images(chat: list[dict[str, Any]]) -> tuple[Dialogue, list[Picture]]:
-    """The turns of a conversation with text alone, and its images in order.
+    """The turns of a conversation as text, and its images in order.
+
+    Of several images the text has an image token where each stands (`says_where`).
 
     Raises:
         DataError: content of an unknown type.
     """
-    dialogue: list[dict[str, str]] = []
+    dialogue: Dialogue = []
+    placed: Dialogue = []
     images: list[Picture] = []
     for number, turn in enumerate(chat):
-        content, texts = turn["content"], []
+        content = turn["content"]
+        parts: list[str | None] = []
         for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             if item.get("type") == "text":
-                texts.append(item["text"])
+                parts.append(item["text"])
             elif item.get("type") in ("image", "image_url"):
                 images.append(_picture_of(item, number))
+                parts.append(None)
             else:
                 raise DataError(f"turn {number}: content of type {item.get('type')!r}; there are text and image")
-        dialogue.append({"role": turn["role"], "content": "\n".join(texts)})
-    return dialogue, images
+        for turns, text in zip((dialogue, placed), join_parts(parts), strict=True):
+            turns.append({"role": turn["role"], "content": text})
+    return (placed if says_where(placed, len(images)) else dialogue), images
 
 
 def _picture_of(item: dict[str, Any], turn: int) -> Picture:

@@ -12,7 +12,7 @@ from typing import Any
 
 from data_prep.store.errors import DataError, Defect
 from data_prep.store.sample import Dialogue, Reference
-from data_prep.text.dialogues import exchange, from_text_or_turns
+from data_prep.text.dialogues import exchange, from_text_or_turns, settle
 
 NAMES: dict[str, tuple[str, ...]] = {
     "image": ("image", "images", "img", "picture", "photo", "file_name", "image_path", "filename", "file", "path"),
@@ -123,11 +123,9 @@ def dialogues(row: dict[str, Any], columns: Columns, images: int) -> tuple[list[
         pairs = [_pair(one, other, row, columns) for one, other in zip(question, answers, strict=True)]
     else:
         pairs = [_pair(question, text, row, columns)]
-    # An image token in a question of a table means nothing: its image is in the row.
-    tokens = sum(dialogue[0]["content"].count("<image>") for dialogue, _ in pairs)
-    for dialogue, _ in pairs if tokens else ():
-        dialogue[0]["content"] = dialogue[0]["content"].replace("<image>", "").strip()
-    return [dialogue for dialogue, _ in pairs], [reference for _, reference in pairs], tokens
+    settled = [settle(dialogue, images) for dialogue, _ in pairs]
+    references = [reference for _, reference in pairs]
+    return [dialogue for dialogue, _ in settled], references, sum(taken for _, taken in settled)
 
 
 def _pair(question: Any, answer: Any, row: dict[str, Any], columns: Columns) -> tuple[Dialogue, Reference]:

@@ -18,7 +18,7 @@ from data_prep.sources import each, json_stream
 from data_prep.store.errors import Defect
 from data_prep.store.images import read_image
 from data_prep.store.sample import Count, Dialogue, Dropped, Sample
-from data_prep.text.dialogues import check_tokens, exchange, from_turns
+from data_prep.text.dialogues import exchange, from_turns
 
 TURNS = ("conversations", "messages", "conversation")
 """Keys of a record's turns: LLaVA's, and what ShareGPT, OpenAI and others write."""
@@ -80,8 +80,7 @@ class Llava:
         if talk is None:
             known = ", ".join(TURNS)
             raise Defect("conversation missing", f"the record has {', '.join(map(str, record))}; known are {known}")
-        dialogue, tokens = from_turns(talk)
-        check_tokens(tokens, len(names))
+        dialogue, tokens = from_turns(talk, len(names))
         files = [find_image(self.images, each) for each in names]
         images = [read_image(file) for file in files]
         label = self.label or (PurePosixPath(names[0]).parts[0] if names else "text")

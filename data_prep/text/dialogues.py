@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from data_prep.store.errors import Defect
@@ -35,19 +37,78 @@ def _first(turn: dict[str, Any], *names: str) -> Any:
     return next((turn[name] for name in names if turn.get(name) is not None), None)
 
 
-def from_turns(turns: Any) -> tuple[Dialogue, int]:
-    """A dialogue from `{"from", "value"}` or `{"role", "content"}` turns, and the image tokens taken out of it.
+def without_tokens(dialogue: Dialogue) -> Dialogue:
+    """The dialogue without image tokens; as in LLaVA, a turn that had one loses the white space around it too."""
+    return [
+        {**turn, "content": turn["content"].replace(IMAGE_TOKEN, "").strip()} if _tokens([turn]) else turn
+        for turn in dialogue
+    ]
 
-    A content may be a list of parts, `{"type": "text", "text"}` and `{"type": "image"}`. As in LLaVA, a turn that had a
-    token loses the white space around it too.
+
+def placed_images(dialogue: Dialogue) -> int:
+    """Image tokens in what the user says."""
+    return _tokens([turn for turn in dialogue if turn["role"] == "user"])
+
+
+def _tokens(turns: list[dict[str, Any]]) -> int:
+    said = [turn["content"] for turn in turns if turn["role"] != "assistant" and isinstance(turn["content"], str)]
+    return sum(text.count(IMAGE_TOKEN) for text in said)
+
+
+def says_where(dialogue: Dialogue, images: int) -> bool:
+    """Whether the image tokens of a dialogue tell where its images stand.
+
+    One image stands in front of the first question without being told: LLaVA puts it there wherever its token was in
+    that turn. Several images, or one of a later turn, stand where the source says.
+    """
+    first = next((turn for turn in dialogue if turn["role"] == "user"), None)
+    told = images > 1 or images == 1 and first is not None and not _tokens([first])
+    return told and images == placed_images(dialogue) == _tokens(dialogue)
+
+
+def settle(dialogue: Dialogue, images: int) -> tuple[Dialogue, int]:
+    """The dialogue with image tokens that say where its images stand, and how many others were taken out of it.
+
+    White space between images at the beginning of a turn, and behind them, goes: without visual tokens it would be an
+    empty line.
+    """
+    if not says_where(dialogue, images):
+        return without_tokens(dialogue), _tokens(dialogue)
+    return [{**turn, "content": _LEADING.sub(_squeeze, turn["content"]).rstrip()} for turn in dialogue], 0
+
+
+_LEADING = re.compile(rf"^\s*(?:{IMAGE_TOKEN}\s*)+")
+
+
+def _squeeze(match: re.Match[str]) -> str:
+    return IMAGE_TOKEN * match.group().count(IMAGE_TOKEN)
+
+
+def join_parts(parts: Sequence[str | None]) -> tuple[str, str]:
+    """A turn given in parts, None for an image: its text, and its text with an image token for each image.
+
+    Texts are lines of their own; an image stands directly behind what is before it.
+    """
+    placed = ""
+    for number, part in enumerate(parts):
+        placed += IMAGE_TOKEN if part is None else "\n" * any(p is not None for p in parts[:number]) + part
+    return "\n".join(part for part in parts if part is not None), placed
+
+
+def from_turns(turns: Any, images: int, strict: bool = True) -> tuple[Dialogue, int]:
+    """A dialogue from `{"from", "value"}` or `{"role", "content"}` turns, and how many image tokens were taken out.
+
+    Args:
+        turns: A content may be a list of parts, `{"type": "text", "text"}` and `{"type": "image"}`.
+        images: How many images belong to it.
+        strict: Whether it has to have as many tokens as images; else it may have none, and others are taken out.
 
     Raises:
-        Defect: no list of such turns, or a token in an answer.
+        Defect: no list of such turns, a token in an answer, or another number of tokens.
     """
     if not isinstance(turns, list):
         raise Defect("conversation is no list", f"found {type(turns).__name__}; known are {KNOWN}")
     dialogue: list[dict[str, Any]] = []  # of anything until the verifier has seen it
-    tokens = 0
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict):
             raise Defect("turn is no object", f"turn {number}: {type(turn).__name__}")
@@ -55,13 +116,13 @@ def from_turns(turns: Any) -> tuple[Dialogue, int]:
         role = ROLE_NAMES.get(role, role) if isinstance(role, str) else role
         if isinstance(text, list):
             text = _join_parts(text, number)
-        if isinstance(text, str) and IMAGE_TOKEN in text:
-            if role == "assistant":
-                raise Defect("image token in an answer", f"turn {number}")
-            tokens += text.count(IMAGE_TOKEN)
-            text = text.replace(IMAGE_TOKEN, "").strip()
+        if role == "assistant" and isinstance(text, str) and IMAGE_TOKEN in text:
+            raise Defect("image token in an answer", f"turn {number}")
         dialogue.append({"role": role, "content": _clean(text)})
-    return dialogue, tokens
+    tokens = _tokens(dialogue)
+    if strict and tokens != images:
+        raise Defect("image tokens differ from images", f"{tokens} tokens, {images} images")
+    return settle(dialogue, images)
 
 
 def _join_parts(parts: list[Any], number: int) -> str:
@@ -96,15 +157,15 @@ def from_text_or_turns(value: Any, images: int) -> tuple[list[Dialogue], int]:
         plain = [text.replace(IMAGE_TOKEN, "").strip() if IMAGE_TOKEN in text else text for text in value]
         return [exchange("", text) for text in plain], tokens
     if pairs := _pairs(value):
-        read = [from_turns(pair) for pair in pairs]
+        read = [from_turns(pair, images, strict=False) for pair in pairs]
         return [dialogue for dialogue, _ in read], sum(number for _, number in read)
-    dialogue, tokens = from_turns(value)
+    dialogue, taken = from_turns(value, images, strict=False)
     if dialogue and all(turn["role"] is None and turn["content"] is None for turn in dialogue):
         keys = ", ".join(sorted({str(key) for turn in value for key in turn}))
         raise Defect("text of unknown shape", f"found a list of objects with {keys}; known are {KNOWN}")
-    if tokens:
-        check_tokens(tokens, images)
-    return [dialogue], tokens
+    if taken not in (0, images):
+        raise Defect("image tokens differ from images", f"{taken} tokens, {images} images")
+    return [dialogue], taken
 
 
 def _pairs(value: Any) -> list[list[dict[str, Any]]]:
@@ -118,13 +179,3 @@ def _pairs(value: Any) -> list[list[dict[str, Any]]]:
                 for each in value
             ]
     return []
-
-
-def check_tokens(tokens: int, images: int) -> None:
-    """There are as many image tokens as images.
-
-    Raises:
-        Defect: there are not.
-    """
-    if tokens != images:
-        raise Defect("image tokens differ from images", f"{tokens} tokens, {images} images")

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from data_prep.store.errors import DataError
 from data_prep.store.sample import Dialogue
 from data_prep.text.chat import ChatTemplate
-from data_prep.text.dialogues import IMAGE_TOKEN
+from data_prep.text.dialogues import IMAGE_TOKEN, placed_images
 from data_prep.text.templates import NAMES, NEEDED, TEMPLATES, Span
 from model.batch import IGNORE
 
@@ -285,7 +285,7 @@ def _unused_mark(dialogue: Dialogue) -> str:
 def _with_places(dialogue: Dialogue, images: int, mark: str, then: str = "") -> Dialogue:
     """The dialogue with a mark for every image: where its source has one, else (with `then`) before the question."""
     said = [turn["content"] if turn["role"] == "user" else "" for turn in dialogue]
-    if sum(text.count(IMAGE_TOKEN) for text in said) == images:
+    if placed_images(dialogue) == images:
         texts = [text.replace(IMAGE_TOKEN, mark).strip() for text in said]
         return [{**turn, "content": text or turn["content"]} for turn, text in zip(dialogue, texts, strict=True)]
     first = next((n for n, turn in enumerate(dialogue) if turn["role"] == "user"), 0)

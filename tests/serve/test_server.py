@@ -283,4 +283,17 @@ def test_a_connector_with_visual_tokens_is_served_too(parts, tmp_path):
     with running(model) as (_, address), ThreadPoolExecutor(4) as pool:
         jobs = [pool.submit(ask, address, user(QUESTION, image)) for image in (RED, BLUE)]
         assert [job.result().choices[0].message.content for job in jobs] == expected
+        # Several images stand at their places in the text, as in a training row.
+        part = {name: user("", image)["content"][0] for name, image in (("red", RED), ("blue", BLUE))}
+        text = {"type": "text", "text": QUESTION}
+        answers = {}
+        for order in ([part["red"], part["blue"], text], [text, part["red"], text, part["blue"]]):
+            message = {"role": "user", "content": order}
+            answer = ask(address, message).choices[0].message.content
+            prompt = model[1].apply_chat_template([message], tokenize=True, return_dict=True)
+            assert len(set(prompt["image_at"].tolist())) == 1 + (order[0] is text)
+            out = model[0].generate(**prompt, max_new_tokens=8)
+            answers[order[0] is text] = answer
+            assert answer == model[1].answer(out[0, prompt["input_ids"].shape[1] :])
+        assert len(answers) == 2
         assert httpx.post(f"{address}/vlora/map", json={"image": uri(RED)}).status_code == 400

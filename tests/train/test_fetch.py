@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.errors import UserError
+from data_prep.store.errors import DataError
 from model.config import LLMConfig
 from model.loading import build_llm, fingerprint
 from model.pretrained import ModelError, locate
@@ -127,6 +128,31 @@ def test_damage_is_one_clear_line(shipped, tmp_path, capsys, name):
         verify("llm", fetch("llm", str(tmp_path / "vicuna"), tmp_path / "cache"), {"hidden_size": 32})
     assert len(str(error.value)) < 400
     assert "owned" not in capsys.readouterr().out  # what the pickle would have run
+
+
+WHOLE = "pytorch_model.bin"
+ENCODER_DAMAGES = {
+    "no weights": (_drop(WHOLE), r"holds no weights"),
+    "cut weights": (_cut(WHOLE, 3000), rf"{WHOLE} is damaged or not complete.*copy it again"),
+    "code in a pickle": (_pickled(_Code(), WHOLE), r"holds something other than tensors; refused"),
+    "the text half alone": (_pickled({"text_model.a": torch.ones(1)}, WHOLE), r"lack \d+ tensors, first embeddings"),
+    "no configuration": (_drop("config.json"), r"has no config\.json"),
+    "a broken configuration": (_cut("config.json", 30), r"config\.json cannot be read"),
+    "no image processor": (_drop("preprocessor_config.json"), r"preprocessor_config\.json"),
+    "a broken image processor": (_cut("preprocessor_config.json", 30), r"preprocessor_config\.json"),
+    "another model": (_edit("config.json", model_type="bert"), r"vision"),
+}
+
+
+@pytest.mark.parametrize("name", ENCODER_DAMAGES)
+def test_damage_of_an_encoder_is_one_clear_line(shipped, tmp_path, capsys, name):
+    damage, message = ENCODER_DAMAGES[name]
+    shutil.copytree(shipped[0] / "clip", tmp_path / "clip")
+    damage(tmp_path / "clip")
+    with pytest.raises((ModelError, DataError), match=message) as error:
+        verify("vision", fetch("vision", str(tmp_path / "clip"), tmp_path / "cache"), None)
+    assert len(str(error.value)) < 400 and "\n" not in str(error.value)
+    assert "owned" not in capsys.readouterr().out
 
 
 def test_changed_or_vanished_files_are_noticed(shipped, tmp_path):

@@ -51,6 +51,7 @@ CASES = [
     for types, separate, every, alpha in [
         ("qkvom", True, 1, None), ("qkvom", False, 1, 8.0), ("qkvom", True, 2, 2.0), ("qkvom", False, 4, None),
         ("qkvom", True, 8, None), ("qkvm", False, 2, None), ("qkv", True, 4, 16.0), ("qko", False, 8, None),
+        ("qkvo", True, 3, None), ("qkvom", False, 5, 4.0), ("kvm", True, 6, None), ("qom", False, 7, None),
         ("qk", True, 2, None), ("movkq", True, 2, None), ("movkq", False, 2, 8.0), ("m", True, 1, None),
     ]
 ]  # fmt: skip

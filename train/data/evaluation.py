@@ -12,6 +12,7 @@ from data_prep.store.errors import CorruptShardError, DataError
 from data_prep.store.pixels import ImageInput
 from data_prep.store.sample import Reference
 from data_prep.store.split import Split
+from data_prep.text.dialogues import without_tokens
 from data_prep.text.encoder import TextEncoder
 from model.batch import IGNORE, Batch
 from train.data.collate import EncodedSample, Text, collate, encode_sample
@@ -137,9 +138,12 @@ class EvalLoader:
         for position, dialogues in chosen:
             sample = self.split[position]
             other = sample if self._partner is None else self.split[int(self._partner[position])]
-            sample.images, shown = other.images, other.id if other.images else ""
+            images, shown = other.images, other.id if other.images else ""
             if self.images == "none":
-                sample.images, shown = [], ""
+                images, shown = [], ""
+            if len(images) != len(sample.images):  # the text places those of its own
+                sample.conversations = [without_tokens(dialogue) for dialogue in sample.conversations]
+            sample.images = images
             where = f"{self.split.shard_of(position)}: sample {sample.id}"
             if self.prompts:
                 encoded_sample = EncodedSample(where, sample.images)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from data_prep.store.errors import CorruptShardError, DataError
 from data_prep.store.sample import Dialogue
 from data_prep.store.split import Split
+from data_prep.text.dialogues import placed_images
 from model.batch import IGNORE
 from train.data.collate import Text
 
@@ -27,7 +28,7 @@ def unknown_targets(split: Split, text: Text) -> str | None:
     for dialogue in _spread(split):
         encoder = text.encoder(dialogue)
         try:
-            labels = [label for label in encoder.encode(dialogue).labels if label != IGNORE]
+            labels = [label for label in encoder.encode(dialogue, placed_images(dialogue)).labels if label != IGNORE]
         except DataError:  # reported where it is trained on
             continue
         targets += len(labels)

@@ -61,7 +61,7 @@ def test_parquet_with_several_images_and_turns(photos, tmp_path):
     manifest = prepare(source, tmp_path / "out", Options("drop", 0.5)).manifests["train"]
     assert manifest.dropped == {"image tokens differ from images": 1} and manifest.text_only == 1
     split = Split(tmp_path / "out" / "train")
-    assert split[0].images == photos[:2] and texts(split) == [["Same?", "no"], ["1+1?", "2"]]
+    assert split[0].images == photos[:2] and texts(split) == [["<image><image>Same?", "no"], ["1+1?", "2"]]
 
 
 def test_json_lines_with_paths_questions_and_defects(photos, tmp_path):

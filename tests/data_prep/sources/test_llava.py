@@ -102,6 +102,26 @@ def test_nothing_sound_is_dropped(mix, tmp_path):
     assert sum(manifest.statistics["image tokens taken out"].values()) == 1980 - texts
 
 
+def test_several_images_stand_where_the_source_says(photos, tmp_path):
+    (tmp_path / "a").mkdir()
+    for number, photo in enumerate(photos[:2]):
+        (tmp_path / "a" / f"{number}.jpg").write_bytes(photo)
+    both = ["a/0.jpg", "a/1.jpg"]
+    records = [
+        (both, ["<image>\n<image>\nSame?", "no"], ["<image><image>Same?", "no"]),
+        (both, ["Is <image> like <image>?", "no"], ["Is <image> like <image>?", "no"]),
+        (both, ["<image>\nWhat?", "a", "And <image>\n", "b"], ["<image>What?", "a", "And <image>", "b"]),
+        (both[:1], ["Say hello.", "Hello", "<image>\nWhat?", "a"], ["Say hello.", "Hello", "<image>What?", "a"]),
+        (both[:1], ["What is it?\n<image>", "a"], ["What is it?", "a"]),
+    ]
+    told = [{"id": n, "image": images, "conversations": turns(*said)} for n, (images, said, _) in enumerate(records)]
+    (tmp_path / "mix.json").write_text(json.dumps(told))
+    manifest = prepare(Llava(tmp_path / "mix.json", tmp_path), tmp_path / "out").manifests["train"]
+    found = [[turn["content"] for turn in sample.conversations[0]] for sample in Split(tmp_path / "out" / "train")]
+    assert found == [kept for _, _, kept in records]
+    assert manifest.statistics["image tokens taken out"] == {"a": 1}
+
+
 def plant(mix, photos, folder):
     """A copy of the mix with one defect of every kind; returns the records and {reason: id}."""
     source, records, _ = mix
@@ -198,7 +218,7 @@ def test_several_images_and_leading_answers(photos, tmp_path):
     write_json(tmp_path / "x.json", records)
     manifest = prepare(Llava(tmp_path / "x.json", tmp_path), tmp_path / "out").manifests["train"]
     two, cut = Split(tmp_path / "out" / "train")
-    assert two.images == photos[:2] and two.conversations[0][0]["content"] == "Same?"
+    assert two.images == photos[:2] and two.conversations[0][0]["content"] == "<image><image>Same?"
     assert [turn["content"] for turn in cut.conversations[0]] == ["Go on", "Yes"]
     assert manifest.statistics["answer without a question at the beginning left out"] == {"text": 1}
 
@@ -395,7 +415,7 @@ def test_any_value_is_dialogues_or_a_defect(value, images):
     try:
         dialogues, _ = from_text_or_turns(value, images)
         for dialogue in dialogues:
-            check_dialogue(dialogue)
+            check_dialogue(dialogue, images)
     except Defect as defect:
         assert defect.reason
     else:
