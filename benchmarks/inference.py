@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import statistics
 import sys
 import time
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from common.errors import run_cli
+from common.errors import ConfigError, run_cli
 from common.options import parse_options
 from common.settings import setting
 from model.config import ConnectorConfig, GeneratorConfig, LLMConfig, ModelConfig, VisionConfig
@@ -70,12 +71,18 @@ class Options:
     repeats: int = setting(5, within="[1, 1000]")
     threads: int | None = setting(1, within="[1, 1024]")
     precision: str = setting("bf16", choices=("fp32", "bf16"))
-    device: str = "cpu"
+    device: str = setting("cpu", choices=("cpu", "cuda"))
     out: str | None = None
 
 
-def numbers(text: str) -> list[int]:
-    """`"1,8"` -> [1, 8]."""
+def numbers(key: str, text: str) -> list[int]:
+    """`"1,8"` -> [1, 8].
+
+    Raises:
+        ConfigError: something else than whole numbers, at least 1.
+    """
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise ConfigError(f"{key}={text}: give whole numbers with commas, each at least 1")
     return [int(part) for part in text.split(",")]
 
 
@@ -192,17 +199,21 @@ def main() -> int:
     options: Options = parse_options(Options, sys.argv[1:], __doc__)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    questions = numbers(options.questions)
+    ranks, batch, lengths, questions = (
+        numbers(key, getattr(options, key)) for key in ("ranks", "batch", "text", "questions")
+    )
+    if options.out is not None and (Path(options.out).is_dir() or not Path(options.out).parent.is_dir()):
+        raise ConfigError(f"out={options.out}: give a file in a folder that is there")
     records = []
     asked = " ".join(f"x{n:<6}" for n in questions)
     print(
         "decode: tokens/s over the plain LLM's; first: time to first token over it; xN: N questions, encoding included"
     )
     print(f"rank  rows  text mode      decode    first  first ms  tokens/s  KV MiB  {asked}")
-    for rank in numbers(options.ranks):
+    for rank in ranks:
         model = build(options, rank)
-        for rows in numbers(options.batch):
-            for text in numbers(options.text):
+        for rows in batch:
+            for text in lengths:
                 case = Case(rows, text, options.new)
                 found = measure(model, options, case)
                 print("\n".join(describe(rank, case, found, questions, options.tokens)), flush=True)

@@ -39,6 +39,11 @@ def checksum(file: Path) -> str:
         return hashlib.file_digest(stream, xxhash.xxh3_64).hexdigest()
 
 
+def block_checksum(block: memoryview) -> int:
+    """XXH3 of bytes in memory, as a number."""
+    return xxhash.xxh3_64_intdigest(block)
+
+
 def inside(folder: Path, name: str) -> Path:
     """`folder / name`, for a name that was read from a file.
 
@@ -151,6 +156,23 @@ def read_text(file: Path, remedy: str) -> str:
     if not text.strip("\0 \n"):
         raise DamagedFile(f"{file} is empty; {remedy}")
     return text
+
+
+def read_lines(key: str, file: Path) -> list[str]:
+    """The lines of a text file of the user's, the blank ones left out.
+
+    Args:
+        key: The key that names the file, for messages.
+
+    Raises:
+        UserError: no such file, or no UTF-8 text.
+    """
+    try:
+        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(f"{key}={file} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{key}={file}: no UTF-8 text") from error
 
 
 def write_atomically(file: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,11 @@ from model.loading import ModelError, load_pretrained
 
 # Tokens before those of the patches, registers aside: a class token, where nothing else is known.
 _PREFIX = {"siglip": 0, "ijepa": 0, "aimv2": 0, "deit": 2}
+
+
+def image_size(config: VisionConfig, hf: Any) -> int:
+    """Side of the square images that an encoder is given: the one asked for, or that of its positions."""
+    return config.image_size or hf.image_size
 
 
 class VisionEncoder(nn.Module):
@@ -42,7 +48,7 @@ class VisionEncoder(nn.Module):
                 f"vision.path={config.path}: {hf.model_type} is not a plain vision transformer (one width, square "
                 "patches); docs/models.md lists encoders that work"
             )
-        self.image_size = config.image_size or hf.image_size
+        self.image_size = image_size(config, hf)
         if self.image_size % hf.patch_size:
             raise ValueError(f"vision.image_size={self.image_size} is not a multiple of the patch size {hf.patch_size}")
         if not -hf.num_hidden_layers - 1 <= config.layer <= -1:

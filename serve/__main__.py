@@ -10,11 +10,13 @@ fetched and no file is opened, but for the prefixes in `allow`. Needs the packag
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlparse
 
-from common.errors import UserError, run_cli
+from common.errors import ConfigError, UserError, run_cli
 from common.options import parse_options
 from common.settings import setting
 from serve.options import ModelOptions
@@ -54,6 +56,38 @@ class Options(ModelOptions):
     timeout: float = setting(120.0, within="(0, 1e6]")
     cache_mb: int = setting(1024, within="[1, 1000000]")
 
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """The parts of `allow`."""
+        return tuple(part.strip() for part in (self.allow or "").split(",") if part.strip())
+
+    def check(self, prefix: str) -> None:
+        """A key that a header can carry, and beginnings of URLs.
+
+        Raises:
+            ConfigError: names what is none.
+        """
+        super().check(prefix)
+        if self.api_key and not self.api_key.isascii():
+            raise ConfigError(f"{prefix}api_key: write ASCII; a header carries nothing else")
+        for part in self.prefixes:
+            url = urlparse(part)
+            web = url.scheme in ("http", "https") and url.netloc
+            if not (url.path.startswith("/") and (web or url.scheme == "file")):
+                raise ConfigError(f"{prefix}allow={part}: write https://HOST/PATH or file:///FOLDER/")
+
+    def listen(self) -> None:
+        """Try the address, before a model is loaded.
+
+        Raises:
+            UserError: nothing can listen there.
+        """
+        try:
+            family = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0][0]
+            socket.create_server((self.host, self.port), family=family).close()
+        except OSError as error:
+            raise UserError(f"host={self.host} port={self.port}: cannot listen there ({error.strerror})") from error
+
 
 def main() -> int:
     """Serve until interrupted."""
@@ -66,10 +100,10 @@ def main() -> int:
         from serve.protocol import Limits
     except ImportError as error:
         raise UserError(f"the server needs {error.name}: pip install -r requirements-serve.txt") from error
+    options.listen()
     model, processor = options.open()
     path = Path(options.run).expanduser().resolve()
     name = options.name or (path.parent.name if path.name == "export" else path.name)
-    prefixes = tuple(part.strip() for part in (options.allow or "").split(",") if part.strip())
     settings = ServerSettings(
         name=name,
         api_key=options.api_key or os.environ.get("VLORA_API_KEY") or None,
@@ -79,7 +113,7 @@ def main() -> int:
         seconds=options.timeout,
         cache_bytes=options.cache_mb << 20,
         limits=Limits(images=options.max_images, tokens=options.max_tokens),
-        sources=Sources(prefixes, options.max_body_mb << 20, options.max_pixels),
+        sources=Sources(options.prefixes, options.max_body_mb << 20, options.max_pixels),
     )
     if settings.api_key is None and options.host not in ("127.0.0.1", "::1", "localhost"):
         print(f"warning: anyone who reaches {options.host} can use this server; set api_key=...", file=sys.stderr)

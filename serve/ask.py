@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError, run_cli
+from common.files import read_lines
 from common.options import parse_options
 from model.generator.weights import PerceptualWeights
 from serve.options import DecodingOptions, image_files
@@ -49,15 +50,13 @@ def read_questions(options: Options) -> list[str]:
     """What is to be asked.
 
     Raises:
-        ConfigError: nothing, or no such file.
+        ConfigError, UserError: nothing, or no such file.
     """
     found = [] if options.question is None else [options.question]
     if options.questions == "-":
         found += sys.stdin.read().splitlines()
     elif options.questions is not None:
-        if not Path(options.questions).is_file():
-            raise ConfigError(f"questions={options.questions}: no such file")
-        found += Path(options.questions).read_text(encoding="utf-8").splitlines()
+        found += read_lines("questions", Path(options.questions))
     found = [question.strip() for question in found if question.strip()]
     if not found and options.save is None:
         raise ConfigError('give question="..." or questions=FILE')
@@ -70,6 +69,8 @@ def main() -> int:
     files, questions = image_files(options.image), read_questions(options)
     if files and options.weights:
         raise ConfigError("give image= or weights=, not both")
+    if options.save is not None and (Path(options.save).is_dir() or not Path(options.save).parent.is_dir()):
+        raise ConfigError(f"save={options.save}: give a file in a folder that is there")
     model, processor = options.open()
     started = time.perf_counter()
     with Conversation(model, processor, files, options.merge) as talk:

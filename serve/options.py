@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,18 @@ class ModelOptions:
     dtype: str = setting("auto", choices=("auto", "float32", "bfloat16"))
     llm: MovedTo = field(default_factory=MovedTo)
     vision: MovedTo = field(default_factory=MovedTo)
+
+    def check(self, prefix: str) -> None:
+        """A device that is here.
+
+        Raises:
+            ConfigError: it is none, or not here.
+        """
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ConfigError(f"{prefix}device={self.device}: write cpu, cuda, cuda:N or auto")
+        gpus = torch.cuda.device_count()
+        if self.device.startswith("cuda") and int(self.device.partition(":")[2] or 0) >= gpus:
+            raise ConfigError(f"{prefix}device={self.device}: torch sees {gpus or 'no'} GPU{'s' * (gpus > 1)} here")
 
     def open(self) -> tuple[VLoRAForConditionalGeneration, VLoRAProcessor]:
         """Load the model, without progress bars."""

@@ -100,7 +100,7 @@ def run(composed: DictConfig) -> int:
     if config.launch.mode == "none":
         print("".join(f"not here yet: {line}\n" for line in absent), end="")
         return 0
-    finished = launch.local(config, path)
+    finished = launch.run(config, path)
     print(f"{path}: {'finished' if finished else 'stopped on request; the same command goes on from the checkpoint'}")
     return 0
 

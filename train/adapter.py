@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from common.errors import ConfigError, UserError, run_cli
+from common.files import read_lines
 from common.options import parse_options
 from common.settings import setting
 from model.config import MovedTo, parse_types
@@ -74,9 +75,7 @@ def image_files(options: Options) -> list[Path]:
         if place.is_dir():
             found += sorted(file for file in place.iterdir() if file.suffix.lower() in _SUFFIXES)
         elif place.is_file():
-            found += [
-                place.parent / line.strip() for line in place.read_text(encoding="utf-8").splitlines() if line.strip()
-            ]
+            found += [place.parent / line for line in read_lines("images", place)]
         else:
             raise ConfigError(f"images={place}: no such folder, nor a file that lists images")
     if missing := [file for file in found if not file.is_file()]:
@@ -119,12 +118,10 @@ def sample_questions(options: Options, folder: Path) -> list[str]:
     """Questions in the manner of the training, where they are known.
 
     Raises:
-        ConfigError: no such file.
+        UserError: no such file.
     """
     if options.questions is not None:
-        if not Path(options.questions).is_file():
-            raise ConfigError(f"questions={options.questions}: no such file")
-        return [line for line in Path(options.questions).read_text(encoding="utf-8").splitlines() if line.strip()]
+        return read_lines("questions", Path(options.questions))
     found: list[str] = []
     for file in sorted((folder.parent / "samples").glob("*.jsonl")):
         found += [json.loads(line)["question"] for line in file.read_text(encoding="utf-8").splitlines()]

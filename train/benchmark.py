@@ -91,6 +91,8 @@ def chosen(options: Options) -> tuple[dict[str, Benchmark], tuple[str, ...]]:
         raise ConfigError("name what to run: suite=paper|seeing|all, tasks=NAME,... or split=test")
     if options.images is not None:
         images = tuple(_words(options.images))
+        if not images:
+            raise ConfigError(f"images={options.images}: choose of {', '.join(IMAGES)}")
         if unknown := [each for each in images if each not in IMAGES]:
             raise ConfigError(f"images={unknown[0]}: choose of {', '.join(IMAGES)}")
     return found, images
@@ -241,15 +243,15 @@ def main() -> int:
     """Run a suite, or bring its data."""
     options: Options = parse_options(Options, sys.argv[1:], __doc__)
     benchmarks, images = chosen(options)
-    environment = Environment.find(options.environment)
     if options.fetch:
-        return fetch(environment, benchmarks)
+        return fetch(Environment.find(options.environment), benchmarks)
     if options.run is None:
         raise ConfigError("run=RUN: which run is to be measured?")
     run = Path(options.run)
     export = RunDir(run).export
     if not (export / "config.json").is_file():
         raise ConfigError(f"{run} has no export; finish its training first")
+    environment = Environment.find(options.environment)
     config = configuration.load(RunDir(run).config, options.llm, options.vision)
     folder = RunDir(run).evaluation / "benchmarks"
     tasks = folder / "tasks"

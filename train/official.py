@@ -74,9 +74,7 @@ def import_checkpoint(options: Options) -> Path:
     Raises:
         ValueError, UserError: the checkpoint, or a model it needs, is not what it should be.
     """
-    folder, out = Path(str(options.checkpoint)), Path(options.out)
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"out={out} is not empty; choose another folder")
+    folder, out = Path(str(options.checkpoint)), _empty(options.out)
     theirs, tensors = official.read_folder(folder)
     connector, language, tower = official.split_checkpoint(tensors)
     state = official.import_connector(connector, theirs)
@@ -187,7 +185,7 @@ def export_run(options: Options) -> Path:
     Raises:
         ValueError, UserError: no export, or a generator that their code cannot express.
     """
-    run, out = Path(str(options.run)), Path(options.out)
+    run, out = Path(str(options.run)), _empty(options.out)
     config = configuration.load(RunDir(run).config)
     if config.connector.name != "vlora":
         raise ConfigError(f"{run} has connector={config.connector.name}; only vlora has a released form")
@@ -206,8 +204,6 @@ def export_run(options: Options) -> Path:
     written |= {"model_type": "llava_vlora", "architectures": ["LlavaVLoRALlamaForCausalLM"]}
     projector = official.export_connector(state, fields)
     out.mkdir(parents=True, exist_ok=True)
-    if any(out.iterdir()):
-        raise UserError(f"out={out} is not empty; choose another folder")
     torch.save(projector, out / "mm_projector.bin")
     (out / "config.json").write_text(json.dumps(written, indent=1, default=str), encoding="utf-8")
     if llm_folder is not None:
@@ -220,6 +216,14 @@ def export_run(options: Options) -> Path:
         for pattern in _TOKENIZER:
             for file in llm_folder.glob(pattern):
                 shutil.copyfile(file, out / file.name)
+    return out
+
+
+def _empty(folder: str) -> Path:
+    """A folder to write into."""
+    out = Path(folder)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"out={out} is not an empty folder; choose another")
     return out
 
 

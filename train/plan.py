@@ -213,8 +213,8 @@ def main() -> int:
         nodes = [int(count) for count in options.nodes.split(",")]
     except ValueError as error:
         raise ConfigError(f"nodes={options.nodes}: give whole numbers with commas") from error
-    if min(nodes) < 1:
-        raise ConfigError(f"nodes={options.nodes}: at least 1")
+    if not 1 <= min(nodes) <= max(nodes) <= 65536:
+        raise ConfigError(f"nodes={options.nodes}: each must be at least 1 and at most 65536")
     torch.set_num_threads(1)
     first = next(iter(systems.values()))
     text, targets = _text(first, options)

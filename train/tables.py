@@ -176,6 +176,8 @@ def main() -> int:
     folder = Path(options.runs)
     if not folder.is_dir():
         raise ConfigError(f"runs={folder}: no such folder")
+    if options.out is not None and (Path(options.out).is_dir() or not Path(options.out).parent.is_dir()):
+        raise ConfigError(f"out={options.out}: give a file in a folder that is there")
     # A pretraining that was scored is no row: the paper scores what stage 2 leaves.
     runs = [run for run in find_runs(folder, options.split) if run.config.stage.name == "finetune"]
     full = sum(run.full for run in runs)

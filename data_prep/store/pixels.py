@@ -20,6 +20,8 @@ from data_prep.store.errors import DataError
 from data_prep.store.images import WHITE, open_image, to_rgb
 from model.config import VisionConfig
 from model.loading import pretrained_config
+from model.pretrained import fetch_hint, find_source
+from model.vision import image_size
 
 MAX_CANVAS = 64 << 20
 """Pixels of the largest picture made on the way to a view. Long strips would need more (a file of a hundred bytes, some
@@ -260,8 +262,10 @@ def load_preprocessor(vision: VisionConfig) -> PixelPreprocessor:
         DataError: no such file.
     """
     check(vision, "vision.")
-    path, mode, size = vision.path, vision.image_mode, vision.image_size
-    settings = _settings(path)
+    folder = find_source("vision", vision.path)
+    if folder is None:
+        raise DataError(f"vision.path={vision.path} is not on this machine; {fetch_hint('vision', vision.path)}")
+    settings = _settings(folder)
     resized = settings.get("size", {})
     if isinstance(resized, int):
         resized = {"shortest_edge": resized}
@@ -271,10 +275,10 @@ def load_preprocessor(vision: VisionConfig) -> PixelPreprocessor:
         crop = crop.get("height")
     own = crop or shortest
     if own is None or "image_mean" not in settings:
-        raise DataError(f"preprocessor_config.json of {path} names no size or no image_mean")
-    size = size or _trained_size(vision) or own
+        raise DataError(f"preprocessor_config.json of {folder} names no size or no image_mean")
+    size = _size(vision, folder) or own
     return PixelPreprocessor(
-        mode=mode,
+        mode=vision.image_mode,
         size=size,
         shortest_edge=round(shortest * size / own),
         mean=tuple(settings["image_mean"]),
@@ -286,21 +290,18 @@ def load_preprocessor(vision: VisionConfig) -> PixelPreprocessor:
     )
 
 
-def _trained_size(vision: VisionConfig) -> int | None:
-    """Side of the images that the encoder's positions are for: that of `model.vision`, and not always its processor's
-    (DINOv2 was trained at 518 and crops to 224). None where no configuration lies beside the processor's.
+def _size(vision: VisionConfig, folder: Path) -> int | None:
+    """The model's, not always its processor's (DINOv2 was trained at 518 and crops to 224). None where no configuration
+    lies beside the processor's.
     """
-    if Path(vision.path).is_dir() and not (Path(vision.path) / "config.json").is_file():
-        return None
-    return getattr(pretrained_config("vision", vision.path, vision.architecture), "image_size", None)
+    if not (folder / "config.json").is_file():
+        return vision.image_size
+    hf = pretrained_config("vision", str(folder), vision.architecture)
+    return image_size(vision, hf) if hasattr(hf, "image_size") else vision.image_size
 
 
-def _settings(path: str | Path) -> dict[str, Any]:
-    file = Path(path) / "preprocessor_config.json"
-    if not file.is_file() and not Path(path).exists() and str(path).count("/") <= 1:
-        from transformers.utils import cached_file
-
-        file = Path(cached_file(str(path), "preprocessor_config.json"))
+def _settings(folder: Path) -> dict[str, Any]:
+    file = folder / "preprocessor_config.json"
     if not file.is_file():
         raise DataError(f"{file} is missing: the encoder's folder must hold its image processor's settings")
     try:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import vlora
 from common.files import write_json
-from data_prep.store.writer import write_split
+from data_prep.store.manifest import build_manifest, read_receipt, write_manifest
+from data_prep.store.writer import ShardWriter, write_split
 from tests.model import parts
 from tests.train import world
 from train import adapter, evaluate
@@ -282,13 +283,24 @@ def test_answers_do_not_depend_on_the_batch(pretrained):
 
 
 def test_text_first_and_a_single_image_train_on_two_ranks(home, tmp_path):
-    """Feature statistics are measured over whatever has images."""
+    """Feature statistics are measured over whatever has images. A shard that all ranks find corrupt is named once."""
     made = world.samples(10)
     write_split(home / "data" / "texts", [sample for sample in made if not sample.images] * 4)
     write_split(home / "data" / "one", made[:1])
-    mixture = "data.train=[{path: texts, weight: 1.0}, {path: one, weight: 1.0}]"
-    done = world.train(world.overrides(home, tmp_path / "run", "stage.steps=2", mixture))
+    torn = home / "data" / "torn"
+    for number in range(2):
+        with ShardWriter(torn, number, "") as writer:
+            for sample in world.samples(20)[10 * number : 10 * number + 10]:
+                writer.add(sample)
+    write_manifest(torn, build_manifest(torn, [read_receipt(torn, n) for n in range(2)], "made", "torn", {}))
+    (torn / "shard-00001.arrow").unlink()
+    mixture = "data.train=[{path: texts, weight: 1.0}, {path: one, weight: 1.0}, {path: torn, weight: 1.0}]"
+    words = ["stage.steps=2", "data.on_corrupt_shard=drop", mixture]
+    done = world.train(world.overrides(home, tmp_path / "run", *words))
     assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"warning: .*shard-00001\.arrow.* its 10 samples are left out", done.stderr)) == 1, (
+        done.stderr
+    )
     done = world.train(world.overrides(home, tmp_path / "none", "stage.steps=2", "data.train=[{path: texts}]"))
     assert done.returncode == 2 and "no sample with an image" in done.stderr, done.stderr
 

@@ -77,7 +77,7 @@ def test_several_images_are_summed_into_one(monkeypatch, capsys, trained, loaded
     with torch.no_grad():
         got = peft.PeftModel.from_pretrained(base, str(tmp_path / "o")).eval()(**prompts(loaded[1])).logits
     mask = prompts(loaded[1])["attention_mask"].bool()
-    torch.testing.assert_close(got[mask], branch_logits(loaded, "qkvo", "red", "blue")[mask], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got[mask], branch_logits(loaded, "qkvo", "red", "blue")[mask], atol=5e-5, rtol=1e-5)
 
 
 def test_gguf_holds_the_update_in_llama_cpps_order(monkeypatch, capsys, parts, images, tmp_path):

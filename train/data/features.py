@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 
-from common.files import DamagedFile, damage, digest, read_json, seal, sync, write_json
+from common.files import DamagedFile, block_checksum, damage, digest, read_json, seal, sync, write_json
 from data_prep.store.errors import DataError
 from data_prep.store.pixels import ImageInput, PixelPreprocessor
 from data_prep.store.split import Split
@@ -273,4 +272,4 @@ def _batches(
 
 
 def _checksum(features: np.ndarray) -> int:
-    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(features).data.cast("B"))
+    return block_checksum(np.ascontiguousarray(features).data.cast("B"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing.queues
 import os
 import shutil
@@ -28,8 +27,6 @@ from train.data.order import MixtureOrder
 from train.data.splits import make_text, open_train_split
 from train.data.steps import Sizes, Step, Steps
 from train.process.signals import SIGNALS
-
-log = logging.getLogger(__name__)
 
 GPU_WORKERS = 4
 """Loader processes of a rank with a GPU, if nothing else is said (docs/loader.md, "Workers, memory, faults")."""
@@ -99,7 +96,7 @@ class TrainLoader:
 
     Attributes:
         dropped: Dialogues left out as too long since this process started.
-        corrupt: Shards left out as unreadable that this process met.
+        corrupt: Shards left out as unreadable that this rank met, in the order in which it did.
 
     Raises:
         ConfigError: no sources, or an option with a value that it does not take.
@@ -139,7 +136,7 @@ class TrainLoader:
         self._next = 0
         self._iterator: Iterator[Step] | None = None
         self.dropped = 0
-        self.corrupt: set[Path] = set()
+        self.corrupt: dict[Path, CorruptShardError] = {}
 
     @property
     def epoch_size(self) -> int:
@@ -238,10 +235,7 @@ class TrainLoader:
         if step.error is not None:
             raise DataError(step.error)
         self.dropped += step.dropped
-        for problem in step.corrupt:
-            if problem.file not in self.corrupt:
-                log.warning("%s; its %d samples are left out of the run", problem, problem.samples)
-                self.corrupt.add(problem.file)
+        self.corrupt |= {problem.file: problem for problem in step.corrupt if problem.file not in self.corrupt}
         self._next += 1
         return step.batches
 

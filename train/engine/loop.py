@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from common.errors import UserError
+from data_prep.store.errors import CorruptShardError
 from model.generator.weights import PerceptualWeights
 from train.config import RunConfig
 from train.data import EvalLoader, TrainLoader
@@ -85,6 +86,7 @@ class Loop:
         self.stage, self.recorder, self.observers = stage, recorder, observers
         self.timer = StepTimer(stage.engine.model)
         self._began = False
+        self._named: set[str] = set()
 
     def run(self) -> bool:
         """Train; True when the stage is finished, False when it stopped on request with a checkpoint written."""
@@ -124,9 +126,13 @@ class Loop:
         engine, device, step = self.stage.engine, self.stage.engine.device, self.stage.progress.step + 1
         loader = self.stage.loader
         with self.timer.phase("data"):
-            dropped_before, batches = loader.dropped, next(loader)
+            dropped_before, known = loader.dropped, len(loader.corrupt)
+            batches = next(loader)
         # One message per step crosses the ranks before the first backward: how many targets the mean is over.
-        counts = Counts.of(batches, loader.dropped - dropped_before, device)
+        met = list(loader.corrupt.values())[known:]
+        counts = Counts.of(batches, loader.dropped - dropped_before, len(met), device)
+        if counts.corrupt:
+            self._name(met)
         if counts.targets == 0:
             raise UserError(f"step {step} has no target token on any rank; look at data.on_too_long")
         rates = engine.learning_rates()
@@ -157,6 +163,14 @@ class Loop:
         seconds = time.perf_counter() - started
         padding = 1 - computed / positions
         return Trained(counts, loss, padding, result, rates, seconds, batches[-1], self.timer.take(), weights)
+
+    def _name(self, met: list[CorruptShardError]) -> None:
+        """Say once, from rank 0, which shards any rank has to leave out. Collective."""
+        lines = [f"{each}; its {each.samples} samples are left out of the run" for each in met]
+        new = {line for rank in distributed.gather(lines) for line in rank} - self._named
+        for line in sorted(new) if distributed.rank() == 0 else ():
+            tqdm.write(f"warning: {line}", file=sys.stderr)
+        self._named |= new
 
     @torch.no_grad()
     def validate(self, loader: EvalLoader) -> float:

@@ -32,6 +32,7 @@ class Counts:
         rows: Text rows.
         images: Images, dummies not counted.
         dropped: Dialogues left out as too long.
+        corrupt: Shards that ranks met as unreadable for the first time; one that two of them met counts twice.
     """
 
     targets: int
@@ -40,10 +41,11 @@ class Counts:
     rows: int
     images: int
     dropped: int
+    corrupt: int
 
     @classmethod
-    def of(cls, batches: list[Batch], dropped: int, device: torch.device) -> Counts:
-        """Count this step's micro-batches. Collective: one message for all six."""
+    def of(cls, batches: list[Batch], dropped: int, corrupt: int, device: torch.device) -> Counts:
+        """Count this step's micro-batches. Collective: one message for all seven."""
         own = [
             sum(b.n_targets for b in batches),
             sum(int(b.attention_mask.sum()) for b in batches),
@@ -51,6 +53,7 @@ class Counts:
             sum(len(b.input_ids) for b in batches),
             sum(int(b.image_weight.sum()) for b in batches),
             dropped,
+            corrupt,
         ]
         return cls(*(int(n) for n in distributed.reduce(own, device)))
 

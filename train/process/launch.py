@@ -42,7 +42,7 @@ def start_method() -> str:
     return "fork"
 
 
-def local(config: RunConfig, run_dir: Path) -> bool:
+def run(config: RunConfig, run_dir: Path) -> bool:
     """Run the stage with `launch.workers` processes and wait for it.
 
     Returns:

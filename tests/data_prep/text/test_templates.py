@@ -1,16 +1,16 @@
 """Templates and label masks against rows written by hand, with a byte-level and two SentencePiece-style tokenizers."""
 
 import functools
-import json
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data_prep.store.errors import DataError
 from data_prep.text.encoder import NoTargetError, TextEncoder, TooLongError
 from data_prep.text.templates import NAMES, VICUNA_SYSTEM
 from model.batch import IGNORE
+from tests.data_prep.text.families import sentencepiece
 
 
 def dialogue(*texts, system=None):
@@ -36,36 +36,20 @@ def smollm(part):
     return AutoTokenizer.from_pretrained(part("smollm2-135m-instruct"))
 
 
-def llama_like(legacy):
-    """A Llama-style BPE with byte fallback, trained here: `legacy` puts a word mark before every run of text."""
-    corpus = [VICUNA_SYSTEM + " USER: What is it? ASSISTANT: A teal circle [INST] [/INST] <<SYS>> Be brief."] * 4
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.Metaspace()  # SentencePiece merges nothing across words
-    trained.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=300, show_progress=False))
-    state = json.loads(trained.to_str())["model"]
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), *state["vocab"]]
-    vocab = {token: number for number, token in enumerate(tokens)}
-    merges = [tuple(merge) for merge in state["merges"]]
-    backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+def llama_like(prefix):
+    backend = Tokenizer.from_str(sentencepiece(prefix))
     backend.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>", "</s>")])
-    if legacy:
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    else:
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    backend.decoder = decoders.Sequence(steps)
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 @pytest.fixture(scope="session")
 def llama_legacy():
-    return llama_like(True)
+    return llama_like("always")
 
 
 @pytest.fixture(scope="session")
 def llama_first():
-    return llama_like(False)
+    return llama_like("first")
 
 
 @pytest.fixture(scope="session")
