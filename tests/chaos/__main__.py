@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import random
 import shutil
 import sys
@@ -79,6 +80,8 @@ def run_damage(options: argparse.Namespace, folder: Path) -> int:
 
 def run_inputs(options: argparse.Namespace, folder: Path) -> int:
     """Bad input."""
+    (folder / "here").mkdir(exist_ok=True)
+    os.chdir(folder / "here")  # a spoiled path is made where nothing of ours is
     bench = inputs.Inputs(folder)
     counts: Counter[str] = Counter()
     numbers = [int(options.only)] if options.only else range(options.count)

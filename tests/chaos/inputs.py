@@ -7,7 +7,6 @@ the command has), a word, a path, a file of the model, of the run or of the data
 from __future__ import annotations
 
 import importlib
-import os
 import random
 import shutil
 from collections.abc import Callable
@@ -81,8 +80,6 @@ class Inputs:
     """
 
     def __init__(self, folder: Path) -> None:
-        (folder / "here").mkdir(exist_ok=True)
-        os.chdir(folder / "here")  # a spoiled path is made where nothing of ours is
         self.bench = Bench(folder)
         self.place = folder / "case"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos import damage, kills
+from tests.chaos import damage, inputs, kills
 from tests.chaos.points import Plan
 from tests.train import world
 
@@ -28,8 +28,21 @@ def test_killed_data_preparation_ends_as_if_undisturbed(tmp_path: Path) -> None:
     assert outcome.landed == 2 and outcome.problems == [], outcome
 
 
-def test_damage_is_refused_by_name_repaired_or_harmless(tmp_path: Path) -> None:
-    bench = damage.Bench(tmp_path)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shared, as a finished run is made in it."""
+    return tmp_path_factory.mktemp("bench")
+
+
+def test_damage_is_refused_by_name_repaired_or_harmless(folder: Path) -> None:
+    bench = damage.Bench(folder)
     cases = [case for case in bench.cases() if case.action in ("evaluate", "report", "prepare")]
     results = [bench.run(case) for case in random.Random(0).sample(cases, 8)]
     assert [result for result in results if result.how not in damage.GOOD] == []
+
+
+def test_bad_input_is_one_line_or_works(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    bench = inputs.Inputs(folder)
+    results = [bench.run(number, seed=0) for number in range(6)]
+    assert [result for result in results if result.how not in inputs.GOOD] == []
