@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.files import file_names, file_sha256
+from tests.chaos.kills import TIMEOUT
 from tests.train import world
 
 KINDS = ("gone", "empty", "cut", "bit", "type", "binary", "directory")
@@ -55,12 +56,12 @@ class Bench:
         self.home, self.base = folder / "world", folder / "base"
         if not (self.home / "llm").exists():
             world.make(self.home)
-            done = world.train(self.words(self.base), timeout=600)
+            done = world.train(self.words(self.base), timeout=TIMEOUT)
             if done.returncode:
                 raise RuntimeError(done.stderr)
             (self.base / "DONE").unlink()
             (self.folder / "red.png").write_bytes(world.picture(world.COLORS["red"]))
-            done = world.train(self._prepare(self.home / "data"), module="data_prep")
+            done = world.train(self._prepare(self.home / "data"), module="data_prep", timeout=TIMEOUT)
             if done.returncode:
                 raise RuntimeError(done.stderr)
             # What the configurations name is a link, to the copy that the case at hand may damage.
@@ -120,24 +121,24 @@ class Bench:
         run, data = copy / "run", copy / "data"
         match action:
             case "resume":
-                done = world.train(self.words(run), timeout=300)
+                done = world.train(self.words(run), timeout=TIMEOUT)
                 files = [run / "export/model.safetensors"]
             case "train":
                 words = [word for word in self.words(copy / "new") if not word.startswith("stage.steps")]
-                done = world.train([*words, "stage.steps=2"], timeout=300)
+                done = world.train([*words, "stage.steps=2"], timeout=TIMEOUT)
                 files = [copy / "new/export/model.safetensors"]
             case "evaluate":
-                done = world.train([f"run={run}", "split=squares/val"], module="train.evaluate", timeout=300)
+                done = world.train([f"run={run}", "split=squares/val"], module="train.evaluate", timeout=TIMEOUT)
                 files = [run / "evaluation/squares-val-real.jsonl"]
             case "adapter":
                 words = [f"run={run}", f"image={self.folder}/red.png", f"out={copy}/adapter", "types=q,k,v,o"]
-                done = world.train(words, module="train.adapter", timeout=300)
+                done = world.train(words, module="train.adapter", timeout=TIMEOUT)
                 files = [copy / "adapter/adapter_model.safetensors"]
             case "report":
-                done = world.train([str(run)], module="tests.chaos.report", timeout=300)
+                done = world.train([str(run)], module="tests.chaos.report", timeout=TIMEOUT)
                 return done, done.stdout.strip().splitlines()[-1:]
             case "prepare":
-                done = world.train(self._prepare(data), module="data_prep", timeout=300)
+                done = world.train(self._prepare(data), module="data_prep", timeout=TIMEOUT)
                 folder = data / "synthetic"
                 return done, {n: file_sha256(folder / n) for n in file_names(folder)}
         return done, [file_sha256(file) if file.is_file() else None for file in files]

@@ -17,6 +17,7 @@ from typing import Any
 from common import settings
 from data_prep import config as preparation
 from tests.chaos.damage import KINDS, Bench, spoil
+from tests.chaos.kills import TIMEOUT
 from tests.train import world
 from train.config import RunConfig
 
@@ -149,7 +150,7 @@ class Inputs:
                 environment[name] = dice.choice(ENVIRONMENT[name])
                 what = f"{name}={environment[name]}"
         try:
-            done = world.train(words, module=module, timeout=300, **environment)
+            done = world.train(words, module=module, timeout=TIMEOUT, **environment)
         except TimeoutError as error:
             return Input(module, what, "hang", str(error))
         said = [

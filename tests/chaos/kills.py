@@ -21,7 +21,8 @@ from tests.train import world
 from train.measure.tracking import read_metrics
 
 RANKS, STEPS = 2, 8
-TIMEOUT = 600.0
+TIMEOUT = 1800.0
+"""Seconds, on a machine that may be busy."""
 
 
 @dataclass
@@ -114,12 +115,14 @@ def kill_preparation(folder: Path, plans: list[Plan]) -> Outcome:
         source = ["source=synthetic", "source.samples=240", "source.samples_per_shard=60", "source.side=8"]
         return [*source, f"root={root}"]
 
-    world.train(words(folder / "whole"), module="data_prep")
+    world.train(words(folder / "whole"), module="data_prep", timeout=TIMEOUT)
     for plan in plans:
-        done = world.train(words(folder / "killed"), module="data_prep", CHAOS=json.dumps(asdict(plan)))
+        done = world.train(
+            words(folder / "killed"), module="data_prep", timeout=TIMEOUT, CHAOS=json.dumps(asdict(plan))
+        )
         outcome.landed += done.returncode != 0
         outcome.kills.append(f"{plan}{'' if done.returncode else ': not reached'}")
-    done = world.train(words(folder / "killed"), module="data_prep")
+    done = world.train(words(folder / "killed"), module="data_prep", timeout=TIMEOUT)
     if done.returncode:
         outcome.problems.append(f"cannot finish: {done.stderr[-600:]}")
     both = [{n: file_sha256(folder / r / n) for n in file_names(folder / r)} for r in ("whole", "killed")]
