@@ -119,6 +119,8 @@ class Command:
     def __init__(self, module: str, arguments: list[str], environment: dict[str, str]) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._files = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
+        for file in self._files:
+            file.touch()
         self._process = _imported().Process(target=_run, args=(module, arguments, environment, *self._files))
         self._process.start()
         self.pid: int = self._process.pid

@@ -40,7 +40,6 @@ def start_method() -> str:
         return "spawn"
     import train.engine.stage  # noqa: F401
 
-    gc.freeze()  # a rank's collections need not look at what is imported, and so copy it: a second of each start
     return "fork"
 
 
@@ -119,7 +118,9 @@ def _run_workers(workers: int, run_dir: Path, environment: dict[str, str], error
 
     before = {number: signal.signal(number, signal.SIG_IGN) for number in _PASSED_ON}
     try:
+        gc.freeze()  # a rank's collections need not look at what is imported, and so copy it: a second of each start
         started = mp.start_processes(_worker, (run_dir, environment, errors), workers, join=False, start_method=method)
+        gc.unfreeze()
         pids += started.pids()
         for number in _PASSED_ON:
             signal.signal(number, pass_on)

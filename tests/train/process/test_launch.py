@@ -1,0 +1,52 @@
+"""What the front end says of ranks that fail, and what these leave behind: nothing."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from train import worker
+from train.config import RunConfig
+from train.process import launch
+
+
+def bug(run_dir: Path) -> int:
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("a bug")
+    return 0
+
+
+def refusal(run_dir: Path) -> int:
+    if os.environ["RANK"] == "1":
+        raise UserError("this file is damaged")
+    return 0
+
+
+def killed(run_dir: Path) -> int:
+    os.kill(os.getpid(), 9)
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("run", "message", "said"),
+    [
+        (bug, "rank 1 raised the error above", "RuntimeError: a bug"),
+        (refusal, "^this file is damaged$", ""),
+        (killed, "rank [01] ended with SIGKILL; its output stands above", ""),
+    ],
+)
+def test_a_rank_that_fails_is_told_once_and_leaves_nothing(run, message, said, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(worker, "run", run)
+    config = RunConfig()
+    config.launch.workers = 2
+    with pytest.raises(UserError, match=message):
+        launch.local(config, tmp_path / "run")
+    assert capsys.readouterr().err.count("Traceback") == bool(said)
+    assert [*(tmp_path / "tmp").iterdir(), *(tmp_path / "run").iterdir()] == []
