@@ -60,7 +60,7 @@ SUBJECTS = {
             ),
         },
         "scenes",
-        ("test", "scenes/test_objects", "scenes/test_style"),
+        ("test", "scenes/test_objects", "scenes/test_style", "scenes/test_moved"),
     ),
 }
 

@@ -41,7 +41,7 @@ from train import config as configuration
 from train.config import DTYPES, ConfigError, MovedTo, RunConfig
 from train.data import EvalLoader, load_preprocessor, make_text, open_split, open_train_split
 from train.engine.export import load_connector, trained_part
-from train.measure import card, scoring, tracking
+from train.measure import card, scoring, tracking, weight_space
 from train.measure.scoring import Question
 from train.process import distributed
 from train.process.run_files import RunDir
@@ -178,18 +178,26 @@ def main() -> int:
     started = time.perf_counter()
     records = answer(model, loader, options.max_new_tokens or config.evaluation.max_new_tokens, device, options.merge)
     seconds = time.perf_counter() - started
+    seen = options.images == "real" and model.placement is not None and rank == 0
+    space = weight_space.measure(model, loader, device) if seen else None
     if world > 1:
         gathered: list[Any] = [None] * world
         dist.all_gather_object(gathered, records)
         records = [record for part in gathered for record in part]
         distributed.shutdown()
     if rank == 0:
-        _write(run, options, config, split, records, seconds)
+        _write(run, options, config, split, records, seconds, space)
     return 0
 
 
 def _write(
-    run: Path, options: Options, config: RunConfig, split: Split, records: list[dict[str, Any]], seconds: float
+    run: Path,
+    options: Options,
+    config: RunConfig,
+    split: Split,
+    records: list[dict[str, Any]],
+    seconds: float,
+    space: weight_space.WeightSpace | None = None,
 ) -> None:
     records.sort(key=lambda r: (r["sample"], r["dialogue"]))
     questions = [Question.of(r["sample"], r["question"], r["answer"], r.pop("reference")) for r in records]
@@ -226,6 +234,7 @@ def _write(
         "accuracy": scoring.as_dict(result),
         "blind_floor": scoring.as_dict(floor),
         "training_questions": len(training),
+        "weights": None if space is None else space.as_dict(),
     }
     write_json(folder / f"{name}.json", summary)
     if (RunDir(run).export / "config.json").is_file():

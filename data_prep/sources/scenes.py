@@ -8,6 +8,7 @@ cut-outs are a folder with `cutouts.json` (`python -m data_prep.parts.cutouts` m
     train, val                   questions about new scenes of the same objects
     test                         the same, with other scenes and other wordings for half of the questions
     test_objects                 objects that no training picture shows, of the same categories
+    test_moved                   pairs in which the two objects that are asked for change places: the answer turns
     test_style                   objects drawn in another style (`source.test_style`), where there is one
 
 Questions are of the kinds in `QUESTIONS`. Each question text has all of its answers equally often, so that a reader of
@@ -20,7 +21,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -97,13 +98,13 @@ class Scenes:
         cutouts, licences = _cutouts(self.path)
         settings = {name: value for name, value in vars(self).items() if name != "path"}
         listed = hashlib.sha256(repr(cutouts).encode()).hexdigest()
-        return {"source": "scenes", "reader": 1, "cutouts": listed, "licences": licences, **settings}
+        return {"source": "scenes", "reader": 2, "cutouts": listed, "licences": licences, **settings}
 
     def plan(self) -> dict[str, list[list[int]]]:
         """Units `[first, end]`."""
         few = max(50, self.samples // 10)
         sizes = {"caption_train": self.samples, "caption_val": few, "train": self.samples, "val": few, "test": few}
-        sizes["test_objects"] = few
+        sizes |= {"test_objects": few, "test_moved": 2 * few}
         if self.test_style is not None:
             sizes["test_style"] = few
         step = self.samples_per_shard
@@ -139,7 +140,24 @@ class Scenes:
             raise DataError(f"{self.path}: scenes need 2 categories and 6 names; {split} has {len(found)} and {count}")
         return found
 
+    def _moved(self, number: int, objects: dict[str, list[Cutout]]) -> Sample:
+        """One of a pair: in 2 n + 1 the two objects that are asked for stand where the other was in 2 n."""
+        random = Random(f"{self.seed}/test_moved/{number // 2}")
+        scene = compose(random, objects, random.randint(2, 4))
+        one, other = random.sample(range(len(scene)), 2)
+        if number % 2:
+            first, second = scene[one], scene[other]
+            scene[one] = replace(first, x=second.x, y=second.y)
+            scene[other] = replace(second, x=first.x, y=first.y)
+        asked = _beside(scene[one], scene[other], random.randrange(2))
+        assert asked is not None
+        image = self._draw(scene, random)
+        reference = Reference(kind="where, moved", answers=[], match="exact")
+        return Sample(f"scenes/test_moved/{number}", [image], [exchange(*asked)], "scenes", [reference])
+
     def _sample(self, split: str, number: int, random: Random, objects: dict[str, list[Cutout]]) -> Sample:
+        if split == "test_moved":
+            return self._moved(number, objects)
         name = f"scenes/{split}/{number}"
         if split.startswith("caption_"):
             scene = compose(random, objects, random.choice((1, 1, 2)))
@@ -272,6 +290,10 @@ def _side(random: Random, scene: list[Placed], objects: dict[str, list[Cutout]],
     if len(scene) < 2:
         return None
     one, other = random.sample(scene, 2)
+    return _beside(one, other, wording)
+
+
+def _beside(one: Placed, other: Placed, wording: int) -> Asked:
     across = abs(one.x - other.x) > 0.2
     if not across and abs(one.y - other.y) <= 0.2:
         return None

@@ -63,6 +63,14 @@ class PerceptualWeights:
         """dW [d_out, d_in] of one sample, in fp32, in the layout of `nn.Linear.weight`."""
         return self.scale * (self.a[site][sample].float() @ self.b[site].float()).T
 
+    def products(self) -> Tensor:
+        """Inner products <dW_i, dW_j> of the samples' updates over all sites, fp32 [S, S]."""
+        total = torch.zeros(self.n_samples, self.n_samples, device=next(iter(self.a.values())).device)
+        for site, a in self.a.items():
+            b, flat = self.b[site].float(), a.float()
+            total += (flat @ (b @ b.T)).flatten(1) @ flat.flatten(1).T
+        return self.scale**2 * total
+
     def __add__(self, other: PerceptualWeights) -> PerceptualWeights:
         """Add up the generated factors: the weights of the union of two sets of images (B is shared).
 

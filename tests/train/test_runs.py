@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -18,7 +19,9 @@ from data_prep.store.writer import ShardWriter, write_split
 from tests.model import parts
 from tests.train import world
 from train import adapter, evaluate
+from train.measure.results import Evaluation
 from train.measure.tracking import read_metrics
+from train.measure.weight_space import MOST
 
 STEPS = 60
 
@@ -280,6 +283,10 @@ def test_answers_do_not_depend_on_the_batch(pretrained):
         answers.append([json.loads(line) for line in file.read_text().splitlines()])
     assert len(answers[0]) == 30 and len({a["prediction"] for a in answers[0]}) > 1
     assert answers[0] == answers[1]
+    space = Evaluation.read(file.with_suffix(".json")).weights
+    seen = {answer["sample"] for answer in answers[0] if answer["shown"]}
+    assert set(space.samples) <= seen and len(space.samples) == min(MOST, len(seen))
+    assert np.allclose(space.products, space.products.T, rtol=1e-4) and 1 < space.effective_rank < len(seen)
 
 
 def test_text_first_and_a_single_image_train_on_two_ranks(home, tmp_path):

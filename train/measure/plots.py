@@ -261,11 +261,11 @@ def samples(tiles: list[tuple[str, list[tuple[bytes | None, str, str, str]]]], f
     """Questions with what was answered to the right image and, beside it, to a wrong one.
 
     Args:
-        tiles: Question, and one or two of: image file (None: not here), its heading, the answer, the answer's colour.
+        tiles: Question, and one or more of: image file (None: not here), its heading, the answer, the answer's colour.
         file: The picture.
     """
     pair = max(len(shown) for _, shown in tiles)
-    across = 3 if pair > 1 else 5
+    across = {1: 5, 2: 3}.get(pair, 2)
     down = -(-len(tiles) // across)
     figure = plt.figure(figsize=(across * (1.75 * pair + 0.3), 2.75 * down), layout="constrained")
     blocks = figure.subfigures(down, across, squeeze=False, wspace=0.04, hspace=0.03)

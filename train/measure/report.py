@@ -14,11 +14,11 @@ from data_prep.store.errors import DataError
 from data_prep.store.manifest import read_manifest
 from train.measure import card, plots
 from train.measure.results import Evaluation, Results, reading
-from train.measure.scoring import Accuracy, normalise
+from train.measure.scoring import Accuracy, followed, normalise
 
 MOST_ANSWERS = 12
 """A kind of question with at most so many right answers gets a picture of what was answered instead."""
-_MOST_TABLES, _MOST_TILES, _MOST_MISTAKES = 4, 12, 15
+_MOST_TABLES, _MOST_TILES, _MOST_MISTAKES, _MOST_NEAREST, _NEIGHBOURS = 4, 12, 15, 6, 3
 _NAMES = {"shuffled": "wrong image", "none": "no image", "blind": "blind floor", "merged": "right image, merged"}
 
 
@@ -37,13 +37,13 @@ def write(out: Path, runs: Sequence[Results], title: str, further: Sequence[str]
     Raises:
         DamagedFile: the predictions of an evaluation.
     """
-    for *_, group in _groups(runs)[-1:]:
+    for *_, group in _groups(runs):
         for each in group.values():
             _ = each.predictions  # a damaged file is told before anything is written
     out.mkdir(parents=True, exist_ok=True)
     missing: list[str] = []
     lines = [f"# {plain(title)}", ""]
-    for section in (_results, _training, _weights, _answers):
+    for section in (_results, _training, _weights, _neighbours, _answers):
         lines += section(out, runs, missing)
     lines += [*further, *_reproduce(runs)]
     if missing:
@@ -77,7 +77,7 @@ def _results(out: Path, runs: Sequence[Results], missing: list[str]) -> list[str
         if real.blind is not None:
             conditions["blind"] = real.blind
         lines += [f"**{plain(title)}**: {_asked(real)}", ""]
-        lines += _accuracy_table(conditions)
+        lines += _accuracy_table(conditions, followed(real.predictions))
         panels[f"{title} ({real.count} questions)"] = conditions
         for name in ("shuffled", "none"):
             if name not in group:
@@ -88,7 +88,8 @@ def _results(out: Path, runs: Sequence[Results], missing: list[str]) -> list[str
     plots.accuracy(panels, out / "accuracy.png")
     lines += [
         "Percent right, with 95 % Wilson intervals. The blind floor is the best answer from the question's text alone.",
-        "A kind of question is seen where the right image's interval lies above every control.",
+        "A kind of question is seen where the right image's interval lies above every control. An answer follows the image",
+        "where of two images that are asked the same and have different answers both are answered right: 0 without looking.",
         "",
         "![accuracy](accuracy.png)",
         "",
@@ -101,16 +102,17 @@ def _asked(evaluation: Evaluation) -> str:
     return f"{evaluation.count:,} of {evaluation.available:,} questions{part} of `{plain(evaluation.data)}`."
 
 
-def _accuracy_table(conditions: dict[str, dict[str, Accuracy]]) -> list[str]:
+def _accuracy_table(conditions: dict[str, dict[str, Accuracy]], pairs: dict[str, float]) -> list[str]:
     real = conditions["real"]
     columns = [name for name in ("merged", "shuffled", "none", "blind") if name in conditions]
-    head = ["kind", "questions", "right image", *(_NAMES[name] for name in columns), "reading"]
+    head = ["kind", "questions", "right image", *(_NAMES[name] for name in columns), "follows the image", "reading"]
     lines = [_row(*head), "|" + " --- |" * len(head)]
     for kind, right in real.items():
         cells = [_percent(conditions[name].get(kind), name != "blind") for name in columns]
         controls = {_NAMES[name]: conditions[name].get(kind) for name in columns if name != "merged"}
         said = reading(right, controls)
-        lines.append(_row(plain(kind), right.count, _percent(right), *cells, said))
+        follows = f"{pairs[kind]:.1f}" if kind in pairs else ""
+        lines.append(_row(plain(kind), right.count, _percent(right), *cells, follows, said))
     return [*lines, ""]
 
 
@@ -204,6 +206,42 @@ def _weights(out: Path, runs: Sequence[Results], missing: list[str]) -> list[str
         "![|dW| / |W| by layer and type](deltas.png)",
         "",
     ]
+
+
+def _neighbours(out: Path, runs: Sequence[Results], missing: list[str]) -> list[str]:
+    """In how many directions the images' weights vary, and which images get almost the same."""
+    found = [(run, title, group["real"]) for run, title, group in _groups(runs) if group["real"].weights]
+    if not found:
+        return []
+    lines = ["## Images in weight space", ""]
+    lines += [_row("", "images", "effective rank", "energy that all share"), "|" + " --- |" * 4]
+    for _, title, each in found:
+        space = each.weights
+        assert space is not None
+        lines.append(_row(plain(title), len(space.samples), f"{space.effective_rank:.1f}", f"{space.shared:.0%}"))
+    lines += [
+        "",
+        "Effective rank: in how many directions the weights of these images differ, at most one less than images.",
+    ]
+    run, _, each = found[-1]
+    space = each.weights
+    assert space is not None
+    nearest = space.nearest(_NEIGHBOURS)
+    chosen = range(0, len(nearest), max(1, len(nearest) // _MOST_NEAREST))[:_MOST_NEAREST]
+    try:
+        pictures = run.images(each, space.samples)
+    except DataError as error:
+        missing.append(f"Nearest images in weight space: {plain(error)}")
+        return [*lines, ""]
+    tiles = []
+    for number in chosen:
+        shown = [(pictures.get(space.samples[number]), "image", "", plots.DARK)]
+        for rank, (other, cosine) in enumerate(nearest[number], 1):
+            shown.append((pictures.get(space.samples[other]), f"nearest {rank}", f"{cosine:.2f}", plots.DARK))
+        tiles.append((space.samples[number], shown))
+    plots.samples(tiles, out / "nearest.png")
+    lines += ["Nearest: cosine of what sets the weights of two images apart from the mean.", ""]
+    return [*lines, "![nearest images in weight space](nearest.png)", ""]
 
 
 def _answers(out: Path, runs: Sequence[Results], missing: list[str]) -> list[str]:

@@ -17,6 +17,7 @@ from train.config import RunConfig
 from train.data import open_split
 from train.measure.scoring import Accuracy
 from train.measure.tracking import read_metrics
+from train.measure.weight_space import WeightSpace
 from train.process.run_dir import read_record
 from train.process.run_files import RunDir
 
@@ -40,6 +41,7 @@ class Evaluation:
         seconds: Of answering.
         accuracy: By kind of question, and `overall`.
         blind: The blind floor, the same kinds; none: the run trained on no questions that are here.
+        weights: How the images lie to each other in weight space; none: not measured.
     """
 
     file: Path
@@ -52,6 +54,7 @@ class Evaluation:
     seconds: float
     accuracy: dict[str, Accuracy]
     blind: dict[str, Accuracy] | None
+    weights: WeightSpace | None = None
 
     @classmethod
     def read(cls, file: Path) -> Evaluation:
@@ -77,6 +80,7 @@ class Evaluation:
                 float(found["seconds"]),
                 accuracy,
                 blind if found.get("training_questions", 1) else None,
+                WeightSpace.read(found.get("weights")),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DamagedFile(f"{file} is no result of train.evaluate ({error!r}); {_AGAIN}") from error

@@ -10,7 +10,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from data_prep.store.sample import Reference
@@ -118,6 +119,27 @@ def score(question: Question, prediction: str) -> float:
             return float(any(re.search(rf"(?<!\w){re.escape(normalise(each))}(?!\w)", said) for each in accepted))
         case _:
             return float(said in map(normalise, accepted))
+
+
+def followed(records: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """How often the answer follows the image, percent by kind of question.
+
+    Of two images that are asked the same question and have different right answers, both have to be answered right: a
+    model that does not look gets 0, however one-sided the answers are. Kinds without such a pair are not in it.
+
+    Args:
+        records: As `train.evaluate` writes them: `question`, `answer`, `type`, `right`.
+    """
+    asked: dict[tuple[str, str], dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        asked[record["type"], record["question"]][normalise(record["answer"])].append(record["right"])
+    pairs: Counter[str] = Counter()
+    both: Counter[str] = Counter()
+    for (kind, _), answers in asked.items():
+        for one, other in combinations(answers.values(), 2):
+            pairs[kind] += len(one) * len(other)
+            both[kind] += sum(one) * sum(other)
+    return {kind: 100 * both[kind] / count for kind, count in pairs.items()}
 
 
 def _vqa_accuracy(votes: tuple[str, ...], prediction: str) -> float:

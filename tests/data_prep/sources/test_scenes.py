@@ -52,7 +52,7 @@ def test_splits_hold_out_objects_and_styles(made, cutouts):
     out, manifests = made
     assert {name: manifest.samples for name, manifest in manifests.items()} == {
         "caption_train": 200, "caption_val": 50, "train": 200, "val": 50, "test": 50, "test_objects": 50,
-        "test_style": 50,
+        "test_moved": 100, "test_style": 50,
     }  # fmt: skip
     names = {name for listed in NAMES.values() for name in listed}
     shown = {split: words(Split(out / split)) & names for split in manifests}
@@ -109,6 +109,16 @@ def test_a_picture_follows_from_the_seed_and_its_number(made, cutouts):
     other = next(source.read("train", [10, 11]))
     assert other.images != split[10].images
     assert next(Scenes(cutouts, side=48, test_style="square", seed=1).read("val", [10, 11])).images != split[10].images
+
+
+def test_of_a_moved_pair_the_question_stays_and_the_answer_turns(made):
+    split = list(Split(made[0] / "test_moved"))
+    turned = {"left": "right", "right": "left", "above": "below", "below": "above"}
+    for one, other in zip(split[::2], split[1::2], strict=True):
+        (asked, said), (again, now) = one.conversations[0], other.conversations[0]
+        assert asked == again and now["content"] == turned[said["content"]] and one.images != other.images
+        before, after = (np.asarray(Image.open(io.BytesIO(s.images[0])).convert("RGB")) for s in (one, other))
+        assert (before == after).all(-1).mean() > 0.2  # the background is the same
 
 
 def test_what_is_wrong_is_named(cutouts, tmp_path):

@@ -123,6 +123,8 @@ def test_norms_and_share_against_the_full_matrices():
     for site, norm in weights.norms().items():
         full = torch.stack([weights.delta(site, sample).norm() for sample in range(3)]).mean()
         torch.testing.assert_close(norm, full, rtol=1e-4, atol=1e-5)
+    deltas = torch.stack([torch.cat([weights.delta(s, n).flatten() for s in weights.a]) for n in range(3)])
+    torch.testing.assert_close(weights.products(), deltas @ deltas.T, rtol=1e-4, atol=1e-5)
     stacked = torch.cat([a.flatten(1) for a in weights.a.values()], 1).double()
     share = stacked.var(0, correction=0).sum() / stacked.square().mean(0).sum()
     assert weights.image_share().item() == pytest.approx(share.item(), rel=1e-4)

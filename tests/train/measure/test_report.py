@@ -9,6 +9,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import wandb
 from PIL import Image
@@ -22,6 +23,7 @@ from train import config as configuration
 from train import demo, evaluate, report, sweep_report
 from train.measure import plots, results, tracking
 from train.measure.scoring import Accuracy
+from train.measure.weight_space import WeightSpace
 from train.process.run_dir import machine
 from train.process.run_files import RunDir
 
@@ -70,7 +72,9 @@ def answer(run: Path, images: str, wrong: dict[str, set[int]], capsys) -> None:
             said = "purple" if number in wrong.get(question.split()[0], ()) else right
             record = {"sample": sample.id, "dialogue": dialogue, "question": question, "answer": right, "shown": shown}
             records.append(record | {"prediction": said, "reference": None})
-    evaluate._write(run, evaluate.Options(run=str(run), images=images), config, split, records, 2.0)
+    vectors = np.random.default_rng(0).normal(size=(len(ids[:9]), 5))
+    space = WeightSpace(ids[:9], vectors @ vectors.T) if images == "real" else None
+    evaluate._write(run, evaluate.Options(run=str(run), images=images), config, split, records, 2.0, space)
     assert "warning" not in capsys.readouterr().err
 
 
@@ -88,7 +92,7 @@ def test_a_report_of_two_stages_says_what_is_seen_and_what_not(data, tmp_path, m
     answer(second, "shuffled", {"what": set(range(50)), "is": set(range(9))}, capsys)
     answer(second, "none", {"what": set(range(50)), "is": set(range(9))}, capsys)
     text = write_report(monkeypatch, f"run={first},{second}", f"out={tmp_path}/out")
-    for name in ("accuracy", "losses", "deltas", "confusion", "samples"):
+    for name in ("accuracy", "losses", "deltas", "nearest", "confusion", "samples"):
         with Image.open(tmp_path / "out" / f"{name}.png") as picture:
             assert min(picture.size) > 200 and len(picture.convert("RGB").getcolors(1 << 20)) > 10, name
         assert f"({name}.png)" in text
@@ -102,6 +106,7 @@ def test_a_report_of_two_stages_says_what_is_seen_and_what_not(data, tmp_path, m
     assert f"python -m train stage=finetune init_from={first}" in text and "git checkout c0ffee" in text
     assert "| red | purple | 1 of 15 |" in text or "| black | purple | 1 of 15 |" in text
     assert "## Not in this report" not in text
+    assert "| test | 9 | 4." in text  # five directions at most
 
 
 def test_a_run_that_was_not_evaluated_says_what_would_add_it(data, tmp_path, monkeypatch):
@@ -136,8 +141,8 @@ def test_the_demos_report_is_one_of_these_with_its_costs(data, tmp_path, capsys)
     steps = demo.Steps(tmp_path / "steps.json")
     cost = {"seconds": 90.0, "core_seconds": 150.0, "peak_gb": 3.0}
     steps.costs = dict.fromkeys(("data", "pretrain vlora", "finetune vlora"), cost)
-    results = {"vlora": {"runs": runs, "evaluation": {"real": scores}}}
-    assert demo._report(argparse.Namespace(), steps, tmp_path, results, 300.0) == 0
+    results = {"vlora": {"runs": runs, "evaluation": {"test": {"real": scores}}}}
+    assert demo._report(argparse.Namespace(data="easy_vqa"), steps, tmp_path, results, 300.0) == 0
     text = (tmp_path / "report.md").read_text()
     assert "## What it sees" in text and "| pretrain vlora | 90 | 150 | 3.00 | 12.0 |" in text
     assert "All steps: 4.5 minutes" in text and (tmp_path / "step_time.png").exists()

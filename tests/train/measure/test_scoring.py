@@ -1,6 +1,18 @@
+from itertools import combinations
+from random import Random
+
 import pytest
 
-from train.measure.scoring import Accuracy, Question, accuracy, blind_predictions, normalise, score, wilson
+from train.measure.scoring import (
+    Accuracy,
+    Question,
+    accuracy,
+    blind_predictions,
+    followed,
+    normalise,
+    score,
+    wilson,
+)
 
 
 def test_wilson_against_published_values():
@@ -25,6 +37,25 @@ def test_accuracy_is_counted_per_kind():
     assert {name: result.count for name, result in accuracy(many, ["no"] * 28).items()} == {
         "number": 14, "other": 7, "yesno": 7, "overall": 28,
     }  # fmt: skip
+
+
+def test_an_answer_follows_the_image_where_both_of_a_pair_are_right():
+    random = Random(1)
+    records = [
+        {"type": kind, "question": f"{kind} {random.randrange(3)}?", "answer": random.choice(("yes", "No.", "no", "2")),
+         "right": random.random() < 0.7}
+        for kind in ("a", "b") for _ in range(40)
+    ]  # fmt: skip
+    found = followed(records)
+    for kind in ("a", "b"):
+        mine = [record for record in records if record["type"] == kind]
+        pairs = [
+            one["right"] and other["right"] for one, other in combinations(mine, 2)
+            if one["question"] == other["question"] and normalise(one["answer"]) != normalise(other["answer"])
+        ]  # fmt: skip
+        assert found[kind] == pytest.approx(100 * sum(pairs) / len(pairs)) and 0 < found[kind] < 100
+    blind = [{"type": "y", "question": "?", "answer": a, "right": a == "yes"} for a in ("yes", "yes", "yes", "no")]
+    assert followed(blind) == {"y": 0} and followed(blind[:2]) == {}
 
 
 @pytest.mark.parametrize(
