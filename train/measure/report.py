@@ -88,8 +88,8 @@ def _results(out: Path, runs: Sequence[Results], missing: list[str]) -> list[str
     plots.accuracy(panels, out / "accuracy.png")
     lines += [
         "Percent right, with 95 % Wilson intervals. The blind floor is the best answer from the question's text alone.",
-        "A kind of question is seen where the right image's interval lies above every control. An answer follows the image",
-        "where of two images that are asked the same and have different answers both are answered right: 0 without looking.",
+        "A kind of question is seen where the right image's interval lies above every control. It follows the image",
+        "where two images that are asked the same and have different answers are both answered right: 0 without looking.",
         "",
         "![accuracy](accuracy.png)",
         "",

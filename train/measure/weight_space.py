@@ -57,7 +57,7 @@ class WeightSpace:
 
     @property
     def effective_rank(self) -> float:
-        """In how many directions the images differ: exp of the entropy of the variance's shares (Roy and Vetterli 2007).
+        """In how many directions the images differ: exp of the entropy of their variance (Roy and Vetterli 2007).
 
         At most n - 1. Near 1: one direction, however large, is all that an image changes.
         """
