@@ -89,7 +89,7 @@ def _results(out: Path, runs: Sequence[Results], missing: list[str]) -> list[str
     lines += [
         "Percent right, with 95 % Wilson intervals. The blind floor is the best answer from the question's text alone.",
         "A kind of question is seen where the right image's interval lies above every control. It follows the image",
-        "where two images that are asked the same and have different answers are both answered right: 0 without looking.",
+        "where two images that are asked the same and have different answers both get it right: 0 without looking.",
         "",
         "![accuracy](accuracy.png)",
         "",

