@@ -43,6 +43,7 @@ from train.data import EvalLoader, load_preprocessor, make_text, open_split, ope
 from train.engine.export import load_connector, trained_part
 from train.measure import card, scoring, tracking, weight_space
 from train.measure.scoring import Question
+from train.measure.text_baseline import text_predictions
 from train.process import distributed
 from train.process.run_files import RunDir
 
@@ -217,6 +218,8 @@ def _write(
         print(why, file=sys.stderr)
     blind = scoring.blind_predictions(questions, training) if training else [""] * len(questions)
     floor = scoring.accuracy(questions, blind)
+    text = text_predictions(questions, training) if training else [""] * len(questions)
+    text_floor = scoring.accuracy(questions, text)
     folder = RunDir(run).evaluation
     folder.mkdir(exist_ok=True)
     name = f"{options.split.replace('/', '-')}-{options.images}{'-merged' if options.merge else ''}"
@@ -233,6 +236,7 @@ def _write(
         "questions_per_s": len(records) / seconds,
         "accuracy": scoring.as_dict(result),
         "blind_floor": scoring.as_dict(floor),
+        "text_floor": scoring.as_dict(text_floor),
         "training_questions": len(training),
         "weights": None if space is None else space.as_dict(),
     }
@@ -242,10 +246,12 @@ def _write(
     asked = f"{len(records)} of {summary['available']} questions of {split.folder}"
     print(f"{run}: {asked} ({options.split}), images: {options.images}")
     width = max(10, *(len(key) + 2 for key in result))
-    print(f"{'type':<{width}}{'count':>7}{'right %':>9}{'95 % interval':>18}{'blind %':>9}")
+    print(f"{'type':<{width}}{'count':>7}{'right %':>9}{'95 % interval':>18}{'blind %':>9}{'words %':>9}")
     for key, value in result.items():
         interval = f"{value.low:.1f} - {value.high:.1f}"
-        print(f"{key:<{width}}{value.count:>7}{value.percent:>9.1f}{interval:>18}{floor[key].percent:>9.1f}")
+        print(
+            f"{key:<{width}}{value.count:>7}{value.percent:>9.1f}{interval:>18}{floor[key].percent:>9.1f}{text_floor[key].percent:>9.1f}"
+        )
     print(f"predictions: {folder / name}.jsonl")
     tracking.log_evaluation(config, run, name, summary)
 

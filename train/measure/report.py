@@ -19,7 +19,13 @@ from train.measure.scoring import Accuracy, followed, normalise
 MOST_ANSWERS = 12
 """A kind of question with at most so many right answers gets a picture of what was answered instead."""
 _MOST_TABLES, _MOST_TILES, _MOST_MISTAKES, _MOST_NEAREST, _NEIGHBOURS = 4, 12, 15, 6, 3
-_NAMES = {"shuffled": "wrong image", "none": "no image", "blind": "blind floor", "merged": "right image, merged"}
+_NAMES = {
+    "shuffled": "wrong image",
+    "none": "no image",
+    "blind": "blind floor",
+    "words": "words alone",
+    "merged": "right image, merged",
+}
 
 
 def write(out: Path, runs: Sequence[Results], title: str, further: Sequence[str] = ()) -> Path:
@@ -76,6 +82,8 @@ def _results(out: Path, runs: Sequence[Results], missing: list[str]) -> list[str
         conditions = {name: each.accuracy for name, each in group.items()}
         if real.blind is not None:
             conditions["blind"] = real.blind
+        if real.words is not None:
+            conditions["words"] = real.words
         lines += [f"**{plain(title)}**: {_asked(real)}", ""]
         lines += _accuracy_table(conditions, followed(real.predictions))
         panels[f"{title} ({real.count} questions)"] = conditions
@@ -87,9 +95,10 @@ def _results(out: Path, runs: Sequence[Results], missing: list[str]) -> list[str
             missing.append(f"The blind floor of {plain(title)}: the run trained on no questions, or its data are away.")
     plots.accuracy(panels, out / "accuracy.png")
     lines += [
-        "Percent right, with 95 % Wilson intervals. The blind floor is the best answer from the question's text alone.",
-        "A kind of question is seen where the right image's interval lies above every control. It follows the image",
-        "where two images that are asked the same and have different answers both get it right: 0 without looking.",
+        "Percent right, with 95 % Wilson intervals. The blind floor is the most frequent answer in training",
+        "to the question's text; \"words alone\": naive Bayes over the question's words.",
+        "A kind of question is seen where the right image's interval lies above every control. Answers follow the",
+        "image where two images with different answers to the same question both get theirs: 0 without looking.",
         "",
         "![accuracy](accuracy.png)",
         "",
@@ -104,11 +113,11 @@ def _asked(evaluation: Evaluation) -> str:
 
 def _accuracy_table(conditions: dict[str, dict[str, Accuracy]], pairs: dict[str, float]) -> list[str]:
     real = conditions["real"]
-    columns = [name for name in ("merged", "shuffled", "none", "blind") if name in conditions]
+    columns = [name for name in ("merged", "shuffled", "none", "blind", "words") if name in conditions]
     head = ["kind", "questions", "right image", *(_NAMES[name] for name in columns), "follows the image", "reading"]
     lines = [_row(*head), "|" + " --- |" * len(head)]
     for kind, right in real.items():
-        cells = [_percent(conditions[name].get(kind), name != "blind") for name in columns]
+        cells = [_percent(conditions[name].get(kind), name not in ("blind", "words")) for name in columns]
         controls = {_NAMES[name]: conditions[name].get(kind) for name in columns if name != "merged"}
         said = reading(right, controls)
         follows = f"{pairs[kind]:.1f}" if kind in pairs else ""

@@ -41,6 +41,7 @@ class Evaluation:
         seconds: Of answering.
         accuracy: By kind of question, and `overall`.
         blind: The blind floor, the same kinds; none: the run trained on no questions that are here.
+        words: The floor of a reader of the questions' words (`train.measure.text_baseline`); none: as `blind`.
         weights: How the images lie to each other in weight space; none: not measured.
     """
 
@@ -55,6 +56,7 @@ class Evaluation:
     accuracy: dict[str, Accuracy]
     blind: dict[str, Accuracy] | None
     weights: WeightSpace | None = None
+    words: dict[str, Accuracy] | None = None
 
     @classmethod
     def read(cls, file: Path) -> Evaluation:
@@ -65,8 +67,9 @@ class Evaluation:
         """
         found = read_json(file, _AGAIN)
         try:
-            accuracy, blind = (
-                {kind: Accuracy(**value) for kind, value in found[key].items()} for key in ("accuracy", "blind_floor")
+            accuracy, blind, words = (
+                {kind: Accuracy(**value) for kind, value in found.get(key, {}).items()}
+                for key in ("accuracy", "blind_floor", "text_floor")
             )
             accuracy["overall"]
             return cls(
@@ -81,6 +84,7 @@ class Evaluation:
                 accuracy,
                 blind if found.get("training_questions", 1) else None,
                 WeightSpace.read(found.get("weights")),
+                words if words and found.get("training_questions", 1) else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DamagedFile(f"{file} is no result of train.evaluate ({error!r}); {_AGAIN}") from error
