@@ -21,6 +21,7 @@ from data_prep.store.pixels import ImageInput, PixelPreprocessor
 from data_prep.store.split import Split
 
 META, DAMAGED = "meta.json", "DAMAGED"
+_EARLIER = "earlier.json"  # while a cache is made
 log = logging.getLogger(__name__)
 DTYPES = {"float32": (torch.float32, np.float32), "bfloat16": (torch.bfloat16, np.uint16)}
 """Names of stored dtypes: (torch, numpy); numpy has no bfloat16, so its bits are kept as uint16."""
@@ -75,7 +76,18 @@ class FeatureCache(ImageInput):
         Raises:
             DataError: the image is not in the cache, or its features are damaged.
         """
-        key = image_key(data)
+        return [self.of(image_key(data))]
+
+    def has(self, keys: np.ndarray) -> np.ndarray:
+        """Which of these keys it holds, bool."""
+        return np.isin(keys, self._keys)
+
+    def of(self, key: np.uint64) -> np.ndarray:
+        """Features of the image with this key, still on disk.
+
+        Raises:
+            DataError: as `read`.
+        """
         at = int(np.searchsorted(self._keys, key))
         if at == len(self._keys) or self._keys[at] != key:
             raise DataError(f"an image is not in the feature cache {self.folder}; delete the folder to make it anew")
@@ -89,7 +101,7 @@ class FeatureCache(ImageInput):
                 f"feature cache {self.folder} is damaged: the features of image {at} are not what was written; start "
                 "the run again, which makes the cache anew and resumes"
             )
-        return [features]
+        return features
 
     def write(self, views: list[np.ndarray], out: Tensor) -> None:
         """Features that were read into `out` [n, P, V]."""
@@ -123,7 +135,8 @@ def ensure_feature_cache(
 ) -> FeatureCache:
     """The cache of all images of `splits`, made first when there is none that matches.
 
-    Collective: every rank encodes its part of the images into one shared file; rank 0 makes it final.
+    Collective: every rank fills its part of one shared file; rank 0 makes it final. Features that caches of other sets
+    of images hold, made in the same way, are copied from there, and only the others encoded.
 
     Args:
         folder: Parent of the caches; each lies in a folder named by its fingerprint.
@@ -161,22 +174,62 @@ def ensure_feature_cache(
     working = target.with_name(f".{target.name}.{run}.working")
     blank = torch.zeros(1, 3, pixels.size, pixels.size)
     shape = (len(keys), *encode(blank).shape[1:])  # on every rank alike: ZeRO-3 gathers weights in it
+    made = {"dtype": dtype, "vision": vision_fingerprint, "pixels": pixels.fingerprint}
     if rank == 0:
         _allocate(working, shape, np.dtype(DTYPES[dtype][1]))
+        # Written down, for another run may make one more before all ranks have looked.
+        write_json(working / _EARLIER, {"caches": _earlier(target.parent, made)})
     barrier()
-    part = range(len(keys) * rank // world_size, len(keys) * (rank + 1) // world_size)
-    calls = _encode_part(
-        working, _batches(splits, keys[part.start : part.stop], pixels, batch_size), encode, dtype, part
-    )
-    largest = -(-len(keys) // world_size)
+    earlier = read_json(working / _EARLIER, "start the run again")["caches"]
+    missing = _copy_part(working, earlier, keys, rank, world_size)
+    part = missing[len(missing) * rank // world_size : len(missing) * (rank + 1) // world_size]
+    calls = _encode_part(working, _batches(splits, keys[part], pixels, batch_size), encode, dtype, part)
+    largest = -(-len(missing) // world_size)
     for _ in range(-(-largest // batch_size) - calls):  # as many calls as the rank with most images
         encode(blank)
     barrier()
     if rank == 0:
-        meta = {"dtype": dtype, "shape": list(shape), "vision": vision_fingerprint, "pixels": pixels.fingerprint}
-        _publish(working, target, keys, meta)
+        _publish(working, target, keys, made | {"shape": list(shape)})
     barrier()
     return FeatureCache(target)
+
+
+def _earlier(folder: Path, made: dict[str, str]) -> list[str]:
+    """The sound caches in `folder` that were made in this way, by name."""
+    found = []
+    for path in sorted(folder.glob("features-*")):
+        with suppress(DamagedFile):
+            if made.items() <= FeatureCache(path).meta.items():
+                found.append(path.name)
+    return found
+
+
+def _copy_part(working: Path, earlier: list[str], keys: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+    """Copy a rank's part of the features that earlier caches hold; returns the positions of the others, of all ranks.
+
+    Raises:
+        DataError: features there are damaged; their cache is left out the next time.
+    """
+    features, checksums = _shared(working)
+    left = np.ones(len(keys), dtype=bool)
+    for name in earlier:
+        cache = FeatureCache(working.parent / name)
+        there = np.flatnonzero(left & cache.has(keys))
+        left[there] = False
+        for at in there[len(there) * rank // world_size : len(there) * (rank + 1) // world_size]:
+            features[at] = cache.of(keys[at])
+            checksums[at] = _checksum(features[at])
+    features.flush()
+    checksums.flush()
+    return np.flatnonzero(left)
+
+
+def _shared(working: Path) -> tuple[np.memmap, np.memmap]:
+    """Features and checksums of the cache that is being made, for writing."""
+    features, checksums = (
+        np.lib.format.open_memmap(working / name, mode="r+") for name in ("features.npy", "checksums.npy")
+    )
+    return features, checksums
 
 
 def _encode_part(
@@ -184,16 +237,14 @@ def _encode_part(
     batches: Iterator[tuple[np.ndarray, Tensor, list[str]]],
     encode: Callable[[Tensor], Tensor],
     dtype: str,
-    part: range,
+    part: np.ndarray,
 ) -> int:
-    """Fill a rank's part of the shared files; returns how often `encode` was called.
+    """Fill these positions of the shared files; returns how often `encode` was called.
 
     Raises:
         DataError: features that are not finite; names shard and sample.
     """
-    features, checksums = (
-        np.load(working / name, mmap_mode="r+", allow_pickle=False) for name in ("features.npy", "checksums.npy")
-    )
+    features, checksums = _shared(working)
     torch_dtype, calls = DTYPES[dtype][0], 0
     for at, stack, names in batches:
         out = encode(stack).detach().to("cpu", torch_dtype).contiguous()
@@ -203,8 +254,8 @@ def _encode_part(
                 "(vision.path) are damaged, or a value overflows"
             )
         rows = (out.view(torch.uint16) if torch_dtype is torch.bfloat16 else out).numpy()
-        features[part.start + at] = rows
-        checksums[part.start + at] = [_checksum(row) for row in rows]
+        features[part[at]] = rows
+        checksums[part[at]] = [_checksum(row) for row in rows]
         calls += 1
     features.flush()
     checksums.flush()
@@ -213,6 +264,7 @@ def _encode_part(
 
 def _publish(working: Path, target: Path, keys: np.ndarray, meta: dict[str, Any]) -> None:
     """Give a cache that all ranks have filled its keys, its record and its name."""
+    (working / _EARLIER).unlink()
     np.save(working / "keys.npy", keys)
     meta |= {"images": len(keys), "files": seal(working, ["keys.npy", "checksums.npy"])}
     sync(working / "features.npy")

@@ -6,7 +6,9 @@ import os
 import pickle
 import re
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -36,6 +38,7 @@ from train.data import (
     make_text,
     open_train_split,
 )
+from train.data.features import split_keys
 from train.evaluate import training_questions
 
 PIXELS = PixelPreprocessor("resize", 8, 8, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
@@ -485,6 +488,54 @@ def test_feature_cache(root, tokenizer, tmp_path):
         cache(png(12345))
     (batch,) = next(TrainLoader(config(root), tokenizer, half))
     assert batch.images.shape[1:] == (5, 3) and batch.images.dtype is torch.bfloat16
+
+
+def test_a_feature_cache_takes_over_what_others_hold(root, tmp_path):
+    """Of the same encoder, on two ranks, which encode equally often; damaged features are found on the way."""
+    a, b, world = Split(root / "a"), Split(root / "b"), 2
+
+    def cache(splits, version="v1", offset=0.0):
+        """The cache, how many images were encoded, and how often each rank called the encoder."""
+        seen, calls, together = [], [0] * world, threading.Barrier(world)
+
+        def rank(number):
+            def encode(pixels):
+                calls[number] += 1
+                seen.extend(image for image in pixels if image.any())
+                return pixels.flatten(2).transpose(1, 2)[:, :5] + offset
+
+            try:
+                return ensure_feature_cache(
+                    tmp_path, splits, PIXELS, encode, version, "float32", 7, "run", number, world, together.wait
+                )
+            except (DataError, threading.BrokenBarrierError) as error:
+                together.abort()
+                return error
+
+        with ThreadPoolExecutor(world) as pool:
+            made = list(pool.map(rank, range(world)))
+        for failed in [one for one in made if isinstance(one, DataError)]:
+            raise failed
+        assert calls[0] == calls[1]
+        return made[0], len(seen)
+
+    first, count = cache([a])
+    assert count == len(first) == len(split_keys(a))
+    both, count = cache([a, b], offset=1.0)
+    assert count == len(both) - len(first) == len(split_keys(b))
+    old, new = a[2].images[0], b[3].images[0]
+    plain = PIXELS(new).flatten(2).transpose(1, 2)[:, :5]
+    assert torch.equal(both(old), first(old)) and torch.equal(both(new), plain + 1)
+    assert cache([b])[1] == 0 and torch.equal(cache([b])[0](new), both(new))
+    assert cache([a, b], "v2")[1] == len(both)  # another encoder's are others
+
+    other, _ = cache([a], "v3")
+    with (other.folder / "features.npy").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    with pytest.raises(DataError, match="damaged.*not what was written"):
+        cache([a, b], "v3")
+    assert cache([a, b], "v3")[1] == len(both)  # without it
 
 
 def test_two_runs_make_the_feature_cache_at_once(root, tmp_path):
