@@ -2,7 +2,7 @@
 # install.sh REQUIREMENTS: install what this Python lacks, and leave alone what its image brought.
 #
 # A container's torch, Triton and NumPy are built for each other; pinning ours over them would break them. So every
-# package that is there is a constraint, and only the missing ones of REQUIREMENTS are installed, at their pins.
+# package that is there is a constraint, and only the missing ones of REQUIREMENTS are installed.
 #   PYTHON=python
 #   WHEELHOUSE=FOLDER    take packages from there alone (`make wheelhouse`), without internet
 set -euo pipefail

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,3 +48,18 @@ def test_installed_commands_find_their_configuration(tmp_path):
     assert done.returncode == 0 and "851,891,712" in done.stdout, done.stdout + done.stderr
     assert not list(elsewhere.iterdir())
     assert "vlora evaluate" in run().stdout
+
+
+def test_the_lock_lies_in_the_range_of_every_requirement():
+    """Each names its lower end, which `make test-low` tries, and every one is locked."""
+    lock = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if line[0] != "#")
+    locked = {canonicalize_name(name): version for name, version in lock.items()}
+    assert "torch" in locked and not any("+" in version for version in locked.values())
+    for file in ("requirements.txt", "requirements-dev.txt", "requirements-serve.txt"):
+        for line in (ROOT / file).read_text().splitlines():
+            text = line.partition("#")[0].strip()
+            if text and not text.startswith("-r "):
+                requirement = Requirement(text)
+                assert locked[canonicalize_name(requirement.name)] in requirement.specifier, line
+                lowest = [bound for bound in requirement.specifier if bound.operator in (">=", "==")]
+                assert len(lowest) == 1, f"{file}: {line}"

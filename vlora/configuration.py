@@ -6,11 +6,11 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 from model.config import ConnectorConfig, GeneratorConfig, LLMConfig, ModelConfig, VisionConfig
 from model.loading import ModelError
 
+_PARTS = {"text_config": "llama", "vision_config": "dinov2"}
 _NOT_KEPT = {"llm": ("path", "architecture", "pack_tokens"), "vision": ("path", "architecture", "cache")}
 
 
@@ -27,10 +27,7 @@ class VLoRAConfig(PreTrainedConfig):
     """
 
     model_type = "vlora"
-    sub_configs_defaults = {
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
-        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="dinov2"),
-    }
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
@@ -43,6 +40,11 @@ class VLoRAConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         for group in ("llm", "vision", "generator", "connector", "parts"):
             setattr(self, group, getattr(self, group) or {})
+        for part, usual in _PARTS.items():  # here, as how transformers does it differs over its versions
+            given = getattr(self, part)
+            if not isinstance(given, PreTrainedConfig):
+                given = dict(given or {})
+                setattr(self, part, AutoConfig.for_model(given.pop("model_type", usual), **given))
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
 

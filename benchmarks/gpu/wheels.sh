@@ -11,7 +11,7 @@ FOLDER=${1:-.gpu-wheels}
 GPU_PYTHON=${GPU_PYTHON:-3.12}
 PYTHON=${PYTHON:-.venv/bin/python}
 
-pinned() { grep -hoE "^$1==[^ ;#]+" requirements*.txt | head -1; }
+pinned() { grep -oE "^$1==[^ ;#]+" requirements.lock; }
 
 rm -rf "$FOLDER"
 mkdir -p "$FOLDER"
