@@ -3,7 +3,8 @@
     python -m benchmarks.ahead_of_time [--write]
 
 prints registers, spills, shared memory and instruction counts of every kernel at 7B shapes for sm_80 and sm_90;
-`--write` replaces the committed table (`benchmarks/kernel_resources.json`), which a test regenerates and compares.
+`--write` replaces the part of this Triton in the committed table (`benchmarks/kernel_resources.json`), which a test
+regenerates and compares.
 
 The launchers run unchanged on meta tensors of the real shapes: a driver that names the target GPU stands in for the
 CUDA driver, and a launch only compiles, so that block sizes and specialisation (divisibility by 16, strides of one) are
@@ -198,15 +199,15 @@ def _assemble(ptx: Path, arch: str) -> str:
 def main() -> None:
     """Print the table; replace the committed one with `--write`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
+    parser.add_argument("--write", action="store_true", help=f"write this Triton's part of {TABLE.name}")
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set: nothing can be compiled in this process")
-    found = {"triton": triton.__version__, **table()}
-    text = json.dumps(found, indent=1)
-    print(text)
+    found = {triton.__version__: table()}
+    print(json.dumps(found, indent=1))
     if args.write:
-        TABLE.write_text(text + "\n")
+        known = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+        TABLE.write_text(json.dumps(known | found, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

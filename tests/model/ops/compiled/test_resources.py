@@ -13,7 +13,7 @@ import triton
 
 from benchmarks.ahead_of_time import TABLE, TARGETS, launches, table
 
-COMMITTED = json.loads(TABLE.read_text())
+COMMITTED = json.loads(TABLE.read_text()).get(triton.__version__)
 TARGET_NAMES = [f"sm_{t}" for t in TARGETS]
 
 MIN_BLOCKS = {"shrink": 3, "expand": 2, "factor_grad": 2, "gemm_lowrank": 1, "merge": 2}
@@ -25,10 +25,9 @@ def found():
     return table()
 
 
-@pytest.mark.skipif(triton.__version__ != COMMITTED["triton"], reason="the committed table is of another Triton")
+@pytest.mark.skipif(COMMITTED is None, reason="the committed table has no part of this Triton")
 def test_committed_table_is_current(found):
-    committed = {name: COMMITTED[name] for name in TARGET_NAMES}
-    assert found == committed, "run: python -m benchmarks.ahead_of_time --write"
+    assert found == COMMITTED, "run: python -m benchmarks.ahead_of_time --write"
 
 
 @pytest.mark.parametrize("target", TARGET_NAMES)
