@@ -23,6 +23,7 @@ def run(path: Path) -> int:
 
     from train.config import load
     from train.engine.stage import run_stage
+    from train.measure.profiling import memory_explained
     from train.process import distributed, watchdog
 
     files = RunDir(path)
@@ -31,7 +32,8 @@ def run(path: Path) -> int:
     watchdog.record_nccl(path)
     device = distributed.init(config.engine.timeout_minutes)
     try:
-        with watchdog.Watchdog(path, distributed.rank(), minutes and 60 * minutes):
+        guard = watchdog.Watchdog(path, distributed.rank(), minutes and 60 * minutes)
+        with guard, memory_explained(config, path):
             finished = run_stage(config, path, device, stop)
         if distributed.rank() == 0:
             write_atomically(files.done if finished else files.stopped, f"{stop.reason or 'finished'}\n")

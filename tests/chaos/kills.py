@@ -47,7 +47,8 @@ def arguments(home: Path, kind: str, run: Path) -> list[str]:
     cached = ["vision.cache=true", f"cache_dir={run.parent}/cache"]
     return world.overrides(
         home, run, f"stage.steps={STEPS}", "checkpoint.every=3", "data.val=squares/val", "tracking.num_samples=2",
-        "tracking.log_every=1", f"launch.workers={RANKS}", *{"finetune": more, "cached": cached}.get(kind, []),
+        "evaluation.every=4", "tracking.log_every=1", f"launch.workers={RANKS}",
+        *{"finetune": more, "cached": cached}.get(kind, []),
     )  # fmt: skip
 
 

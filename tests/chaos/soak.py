@@ -27,7 +27,7 @@ def soak(home: Path, run: Path, steps: int, kills: int, ranks: int = 2) -> list[
     """Run `steps` steps, killed `kills` times; the lines of a table of growth from an early to a late part."""
     words = world.overrides(
         home, run, f"stage.steps={steps}", f"checkpoint.every={max(10, steps // 50)}", "data.val=squares/val",
-        "tracking.num_samples=2", f"tracking.samples_every={max(10, steps // 20)}", f"launch.workers={ranks}",
+        "tracking.num_samples=2", f"evaluation.every={max(10, steps // 20)}", f"launch.workers={ranks}",
         "data.num_workers=1",
     )  # fmt: skip
     lines = [

@@ -385,12 +385,12 @@ def test_no_room_on_disk_is_said_before_anything_is_written(tmp_path, monkeypatc
 
     import torch
 
-    from train.engine import checkpoint
+    from train.engine import saving
 
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     engine = SimpleNamespace(model=torch.nn.Linear(100, 100), device=torch.device("cpu"))
-    with pytest.raises(checkpoint.CheckpointError, match=r"no room on disk.*GB needed.*earlier checkpoints"):
-        checkpoint._check_room(engine, tmp_path)
+    with pytest.raises(saving.CheckpointError, match=r"no room on disk.*GB needed.*earlier checkpoints"):
+        saving._check_room(engine, tmp_path)
 
 
 def test_metrics_hold_what_the_run_promises(pretrained):

@@ -67,6 +67,14 @@ def validate(config: RunConfig) -> None:
         f"data.compat=official keeps dead positions, which llm.pack_tokens={config.llm.pack_tokens} would take out: "
         "set it to null",
     )
+    check(
+        config.data.val is not None or config.evaluation.every is None,
+        f"evaluation.every={config.evaluation.every} needs data.val: there is nothing to validate on",
+    )
+    check(
+        config.data.val is not None or config.checkpoint.export == "last",
+        "checkpoint.export=best needs data.val: the best step is that of the lowest validation loss",
+    )
     micro = engine.micro_batch_size
     check(
         micro is None or micro > config.data.batch_size or config.data.batch_size % micro == 0,

@@ -25,6 +25,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STAGES = ("pretrain", "finetune")
 OPTIMIZERS = ("adamw", "deepspeed_cpu_adam", "deepspeed_fused_adam", "apex_fused_adam")
 SCHEDULES = ("cosine", "constant")
+EXPORTS = ("last", "best")
 COMPILERS = ("inductor", "aot_eager")
 WANDB = ("online", "offline", "disabled")
 _RATE = "(0, 10]"
@@ -188,15 +189,20 @@ class LaunchConfig:
 
 @dataclass
 class CheckpointConfig:
-    """Resumable engine checkpoints.
+    """Resumable engine checkpoints, and what is exported.
 
     Attributes:
         every: Steps between checkpoints; null: only at the end and on a signal.
-        keep: Complete checkpoints kept.
+        keep: Complete checkpoints kept, the newest ones. That of the lowest validation loss is kept besides.
+        background: Write while training goes on, from a copy of the rank's optimizer state in host memory.
+        export: `last`: the weights of the last step; `best`: those of the lowest validation loss. A finished run that
+            is started again with the other one exports anew.
     """
 
     every: int | None = setting(500, within=_COUNT)
     keep: int = setting(2, within=_COUNT)
+    background: bool = True
+    export: str = setting("last", choices=EXPORTS)
 
 
 @dataclass
@@ -209,8 +215,7 @@ class TrackingConfig:
             `output_root`, and that of its folder.
         log_every: Steps between records of memory and TFLOP/s; losses and speed are recorded at every step.
         weights_every: Steps between records of |dW| / |W| per layer and type and of the image share of A.
-        samples_every: Steps between tables of sample images, questions, answers and predictions; null: at the end.
-        num_samples: Rows of that table.
+        num_samples: Rows of the table of sample images, questions, answers and predictions (`evaluation.every`).
         min_image_share: Warn when the share of A's energy that varies with the image falls below it.
     """
 
@@ -221,7 +226,6 @@ class TrackingConfig:
     tags: list[str] = field(default_factory=list)
     log_every: int = setting(10, within=_COUNT)
     weights_every: int = setting(50, within=_COUNT)
-    samples_every: int | None = setting(None, within=_COUNT)
     num_samples: int = setting(16, within="[1, 1000]")
     min_image_share: float = setting(0.01, within="[0, 1]")
 
@@ -243,19 +247,35 @@ class TrackingConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Defaults of `python -m train.evaluate`.
+    """Validation during a stage, and defaults of `python -m train.evaluate`.
 
     Attributes:
+        every: Steps between validations (loss and sample table on `data.val`); null: only at the end.
         batch_size: Questions per forward.
         max_new_tokens: Longest answer in tokens, without what the template puts before it (an empty think block).
         max_samples: A fixed random subset of the questions; null: all.
-        val_dialogues: Held-out dialogues for the validation loss at the end of a stage.
+        val_dialogues: Held-out dialogues for the validation loss.
     """
 
+    every: int | None = setting(None, within=_COUNT)
     batch_size: int = setting(64, within="[1, 1e6]")
     max_new_tokens: int = setting(16, within="[1, 1e6]")
     max_samples: int | None = setting(None, within=_COUNT)
     val_dialogues: int | None = setting(256, within=_COUNT)
+
+
+@dataclass
+class DebugConfig:
+    """Looking into a run; changes nothing of what it computes.
+
+    Attributes:
+        profile: Steps that every rank traces with torch.profiler into `RUN_DIR/profile`, e.g. `[20,21]`.
+        memory_history: Allocations of each GPU that are remembered with their stacks, for the snapshot that a run out
+            of memory leaves there; 0: the snapshot shows what is allocated, not by whom.
+    """
+
+    profile: list[int] = setting(factory=list, within=_COUNT)
+    memory_history: int = setting(0, within="[0, 1e9]")
 
 
 @dataclass
@@ -284,6 +304,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
     seed: int = setting(0, within="[0, 4294967295]")
     init_from: str | None = setting(None, path=True)
     run_dir: str | None = setting(None, path=True)

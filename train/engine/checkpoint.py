@@ -1,12 +1,11 @@
-"""Checkpoints that a run resumes from exactly, and that no crash can leave half written.
+"""Checkpoints that a run resumes from exactly: where they are, whether they are sound, and loading one.
 
     RUN_DIR/checkpoints/step-000500/           DeepSpeed's shards, one file set per rank, and COMPLETE
     RUN_DIR/checkpoints/latest                 name of the newest complete one, for people
     RUN_DIR/checkpoints/universal-step-000500/ made of it for another number of ranks; goes with the next checkpoint
     RUN_DIR/checkpoints/damaged-step-000500/   one that was not what had been written; goes with the next checkpoint
 
-A checkpoint is written under a temporary name, synced, marked `COMPLETE` with size and checksum of every file, and
-renamed. (DeepSpeed's own `latest` is written before the other ranks are done.) All of it is verified before it is
+`train.engine.saving` writes them: `COMPLETE` holds size and checksum of every file. All of it is verified before it is
 loaded; one that is damaged is named, and the one before it is used.
 """
 
@@ -19,14 +18,14 @@ import shutil
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from common.errors import UserError
-from common.files import DamagedFile, damage, file_names, inside, read_json, seal, sync, write_atomically, write_json
+from common.files import DamagedFile, damage, inside, read_json
 from train.engine.weights_only import UnsafeCheckpoint, unsafe, weights_only
 from train.process import distributed
 from train.process.run_files import RunDir
@@ -54,6 +53,7 @@ class Progress:
         seconds: Training time of all lifetimes.
         skipped: Steps skipped for a non-finite gradient.
         dropped: Dialogues left out as too long, all ranks.
+        best_step, best_loss: Step of the lowest validation loss so far, and that; 0 and None before the first.
     """
 
     step: int = 0
@@ -64,64 +64,18 @@ class Progress:
     seconds: float = 0.0
     skipped: int = 0
     dropped: int = 0
+    best_step: int = 0
+    best_loss: float | None = None
 
 
-def save(engine: Engine, run_dir: Path, progress: Progress, identity: dict[str, str], keep: int) -> Path:
-    """Write a checkpoint. Collective.
+def name(step: int) -> str:
+    """Of the checkpoint of a step."""
+    return f"step-{step:06d}"
 
-    Args:
-        identity: What the checkpoint belongs to (data, LLM, vision encoder, ...); compared on resume.
-        keep: Complete checkpoints to keep, this one included.
 
-    Raises:
-        CheckpointError: it cannot be written; the earlier ones stay.
-    """
-    root = RunDir(run_dir).checkpoints
-    name = f"step-{progress.step:06d}"
-    if (root / name / COMPLETE).exists():  # resumed there, and no step since: `find` has taken a damaged one away
-        return root / name
-    temporary = f".{name}.writing"
-    if distributed.rank() == 0:
-        shutil.rmtree(root / temporary, ignore_errors=True)
-        root.mkdir(parents=True, exist_ok=True)
-    _check_room(engine, root)
-    distributed.barrier()
-    client_state = {"rng": {"torch": torch.get_rng_state(), "python": random.getstate()}}
-    try:
-        # Frozen weights come from the base models, whose identity is checked instead.
-        engine.deepspeed.save_checkpoint(
-            str(root),
-            tag=temporary,
-            client_state=client_state,
-            exclude_frozen_parameters=engine.zero_stage == 3,
-            save_latest=False,
-        )
-        failed = 0.0
-    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as RuntimeError
-        failed, reason = 1.0, error
-    # All ranks must agree that every shard is there before the name changes.
-    if distributed.reduce([failed], engine.device, "max")[0]:
-        detail = f": {reason}" if failed else " on another rank"
-        raise CheckpointError(f"{root / name} could not be written{detail}; the earlier checkpoints are untouched")
-    names = file_names(root / temporary)
-    sealed: dict[str, Any] = {}
-    for part in distributed.gather(seal(root / temporary, names[distributed.rank() :: distributed.world_size()])):
-        sealed |= part
-    if distributed.rank() == 0:
-        record = {
-            "progress": asdict(progress),
-            "world_size": distributed.world_size(),
-            "identity": identity,
-            "files": sealed,
-        }
-        write_json(root / temporary / COMPLETE, record)
-        shutil.rmtree(root / name, ignore_errors=True)  # half deleted; a complete one was never written again
-        os.replace(root / temporary, root / name)
-        sync(root)
-        write_atomically(root / "latest", name + "\n")
-        _prune(root, keep)
-    distributed.barrier()
-    return root / name
+def by_step(root: Path) -> list[Path]:
+    """The folders named as checkpoints, oldest first; whole or not."""
+    return sorted(root.glob("step-*"), key=lambda path: (len(path.name), path.name))
 
 
 def find(run_dir: Path) -> Path | None:
@@ -133,10 +87,10 @@ def find(run_dir: Path) -> Path | None:
         CheckpointError: there are checkpoints, and none of them is sound.
     """
     root = RunDir(run_dir).checkpoints
-    found = [root / name for name in distributed.gather(sorted(p.name for p in root.glob("step-*")))[0]]
+    found = [root / name for name in distributed.gather([path.name for path in by_step(root)])[0]]
     wrong: list[tuple[Path, str]] = []
     for path in reversed(found):
-        if (problem := _damage(path)) is None:
+        if (problem := damaged(path)) is None:
             break
         wrong.append((path, problem))
     else:
@@ -147,22 +101,22 @@ def find(run_dir: Path) -> Path | None:
             )
         return None
     if distributed.rank() == 0:
-        for damaged, problem in wrong:
-            aside = damaged.with_name(f"damaged-{damaged.name}")
+        for bad, problem in wrong:
+            aside = bad.with_name(f"damaged-{bad.name}")
             print(
-                f"warning: checkpoint {damaged}: {problem}; it is moved to {aside.name}, and {path.name} is used",
+                f"warning: checkpoint {bad}: {problem}; it is moved to {aside.name}, and {path.name} is used",
                 file=sys.stderr,
                 flush=True,
             )
             shutil.rmtree(aside, ignore_errors=True)
-            os.replace(damaged, aside)
+            os.replace(bad, aside)
     distributed.barrier()
     return path
 
 
 def identity(run_dir: Path) -> tuple[Path | None, dict[str, str]]:
     """The newest checkpoint that says what it belongs to, and that; its files are not looked at."""
-    for path in sorted(RunDir(run_dir).checkpoints.glob("step-*"), reverse=True):
+    for path in reversed(by_step(RunDir(run_dir).checkpoints)):
         with suppress(DamagedFile, KeyError):
             return path, read_json(path / COMPLETE, _REMEDY)["identity"]
     return None, {}
@@ -242,7 +196,7 @@ def _reshard(path: Path) -> Path:
     return universal
 
 
-def _damage(path: Path) -> str | None:
+def damaged(path: Path) -> str | None:
     """What is wrong with a checkpoint, each rank looking at its share of the files; None: nothing. Collective."""
     try:
         files = read_json(path / COMPLETE, _REMEDY)["files"]
@@ -253,33 +207,3 @@ def _damage(path: Path) -> str | None:
     except (KeyError, TypeError, AttributeError):
         problem = f"{COMPLETE} was written by another version of this program"
     return next((found for found in distributed.gather(problem) if found), None)
-
-
-def _prune(root: Path, keep: int) -> None:
-    """Remove what the newest checkpoint makes superfluous: older ones, damaged and half-written ones, conversions."""
-    complete = [p for p in sorted(root.glob("step-*")) if (p / COMPLETE).is_file()]
-    for path in complete[:-keep]:
-        # COMPLETE goes first: a checkpoint half deleted must not look whole.
-        (path / COMPLETE).unlink()
-    kept = complete[-keep:]
-    (root / "latest_universal").unlink(missing_ok=True)
-    for pattern in ("step-*", "universal-step-*", "damaged-step-*", ".*.writing"):
-        for path in root.glob(pattern):
-            if path not in kept:
-                shutil.rmtree(path)
-
-
-def _check_room(engine: Engine, root: Path) -> None:
-    """Refuse to start writing what does not fit: fp32 weights and two moments of every trained parameter."""
-    if distributed.rank() == 0:
-        trained = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters() if p.requires_grad)
-        need, free = 12 * trained + 2**20, shutil.disk_usage(root).free
-        short = float(free < need)
-    else:
-        short = 0.0
-    if distributed.reduce([short], engine.device, "max")[0]:
-        detail = f": {need / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free" if distributed.rank() == 0 else ""
-        raise CheckpointError(
-            f"no room on disk for a checkpoint in {root}{detail}; free some or lower checkpoint.keep. "
-            "The earlier checkpoints are untouched"
-        )

@@ -19,13 +19,17 @@ from common.errors import UserError
 from data_prep.store.errors import CorruptShardError
 from model.generator.weights import PerceptualWeights
 from train.config import RunConfig
-from train.data import EvalLoader, TrainLoader
+from train.data import TrainLoader
 from train.engine import checkpoint, finite
-from train.engine.checkpoint import Progress
+from train.engine.checkpoint import CheckpointError, Progress
 from train.engine.engine import Engine
 from train.engine.records import Counts, Recorder, Trained
+from train.engine.saving import Saver
+from train.engine.validation import Validation
+from train.measure.profiling import traced
 from train.measure.timing import StepTimer
 from train.process import allocator, distributed
+from train.process.run_files import RunDir
 from train.process.signals import StopRequest
 
 Observer = Callable[[int, dict[str, Any]], None]
@@ -59,6 +63,10 @@ class Stage:
     progress: Progress
     stop: StopRequest
 
+    def __post_init__(self) -> None:
+        keep, background = self.config.checkpoint.keep, self.config.checkpoint.background
+        self.saver = Saver(self.engine, self.run_dir, self.identity, keep, background)
+
     def resume(self) -> Path | None:
         """Take over where the newest checkpoint stands, and return it; None where there is none. Collective."""
         found = checkpoint.find(self.run_dir)
@@ -67,10 +75,26 @@ class Stage:
             self.loader.load(self.progress.loader)
         return found
 
-    def save(self) -> None:
-        """Write a checkpoint. Collective."""
+    def save(self, wait: bool = False) -> None:
+        """Write a checkpoint; `wait`: until it is there, in the background or not. Collective."""
         self.progress.loader = self.loader.state()
-        checkpoint.save(self.engine, self.run_dir, self.progress, self.identity, self.config.checkpoint.keep)
+        self.saver.save(self.progress)
+        if wait:
+            self.saver.finish()
+
+    def take_best(self) -> None:
+        """Put the weights of the lowest validation loss into the engine, to be exported. Collective.
+
+        Raises:
+            CheckpointError: that checkpoint is damaged or gone.
+        """
+        step = self.progress.best_step
+        if step in (0, self.progress.step):
+            return
+        path = RunDir(self.run_dir).checkpoints / checkpoint.name(step)
+        if problem := checkpoint.damaged(path):
+            raise CheckpointError(f"{path}: {problem}; checkpoint.export=last takes the newest weights instead")
+        checkpoint.load(self.engine, path, self.identity)
 
 
 class Loop:
@@ -80,10 +104,17 @@ class Loop:
         stage: What it works on; its `progress` is counted here.
         recorder: Makes each step's record.
         observers: What looks at the records, in this order.
+        validation: Looks at the model now and then; null: nobody does.
     """
 
-    def __init__(self, stage: Stage, recorder: Recorder, observers: Sequence[Observer] = ()) -> None:
-        self.stage, self.recorder, self.observers = stage, recorder, observers
+    def __init__(
+        self,
+        stage: Stage,
+        recorder: Recorder,
+        observers: Sequence[Observer] = (),
+        validation: Validation | None = None,
+    ) -> None:
+        self.stage, self.recorder, self.observers, self.validation = stage, recorder, observers, validation
         self.timer = StepTimer(stage.engine.model)
         self._began = False
         self._named: set[str] = set()
@@ -91,23 +122,34 @@ class Loop:
     def run(self) -> bool:
         """Train; True when the stage is finished, False when it stopped on request with a checkpoint written."""
         stage, progress = self.stage, self.stage.progress
+        every = stage.config.checkpoint.every
+        self._validate_if_due()  # resumed: a stop may have come between a step and its validation
         while progress.step < stage.total_steps:
             self.step()
+            stage.saver.poll()
             if progress.step == stage.total_steps:
                 break
             # After a step, not before the first: a run that is stopped during every start must still get on.
             if stage.stop.agreed(stage.engine.device):
-                stage.save()
+                stage.save(wait=True)
                 return False
-            every = stage.config.checkpoint.every
-            if every and progress.step % every == 0:
+            if self._validate_if_due() or (every and progress.step % every == 0):
                 stage.save()
-        stage.save()
+        stage.save(wait=True)
+        if self.validation is not None:
+            self.validation.run(progress)
         return True
+
+    def _validate_if_due(self) -> bool:
+        """Whether the model was looked at now and is better than ever: it is kept then. Collective."""
+        progress, every = self.stage.progress, self.stage.config.evaluation.every
+        due = every is not None and 0 < progress.step < self.stage.total_steps and progress.step % every == 0
+        return due and self.validation is not None and self.validation.run(progress)
 
     def step(self) -> dict[str, Any]:
         """One optimizer step over all its micro-batches; returns its record (the same on all ranks)."""
-        trained = self._train()
+        with traced(self.stage.config, self.stage.run_dir, self.stage.progress.step + 1):
+            trained = self._train()
         progress, counts = self.stage.progress, trained.counts
         progress.step += 1
         progress.samples += self.stage.config.data.batch_size
@@ -171,19 +213,6 @@ class Loop:
         for line in sorted(new) if distributed.rank() == 0 else ():
             tqdm.write(f"warning: {line}", file=sys.stderr)
         self._named |= new
-
-    @torch.no_grad()
-    def validate(self, loader: EvalLoader) -> float:
-        """Mean loss per target over a held-out split. Collective."""
-        engine = self.stage.engine
-        engine.model.eval()
-        loss = targets = 0.0
-        for evaluation in loader:
-            output = engine.forward(evaluation.batch.to(engine.device))
-            loss, targets = loss + output.loss_sum.item(), targets + output.n_targets
-        engine.model.train()
-        loss, targets = distributed.reduce([loss, targets], engine.device)
-        return loss / targets
 
 
 @contextmanager

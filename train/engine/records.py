@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from train.config import RunConfig
 from train.engine.checkpoint import Progress
 from train.engine.engine import StepResult
 from train.measure.flops import FlopCounter, peak_flops
+from train.measure.stragglers import Stragglers
 from train.process import distributed
 
 
@@ -93,11 +95,19 @@ class Recorder:
         total_steps: Steps of the whole stage.
         flops: Counts the model's FLOPs.
         base_norms: |W| per site, for |dW| / |W|.
+        stragglers: Compares the ranks.
     """
 
-    def __init__(self, config: RunConfig, total_steps: int, flops: FlopCounter, base_norms: dict[Site, float]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        total_steps: int,
+        flops: FlopCounter,
+        base_norms: dict[Site, float],
+        stragglers: Stragglers,
+    ) -> None:
         self.tracking, self.batch_size, self.total_steps = config.tracking, config.data.batch_size, total_steps
-        self.flops, self.base_norms = flops, base_norms
+        self.flops, self.base_norms, self.stragglers = flops, base_norms, stragglers
         self.max_length, self._told = config.data.max_length, False
 
     def record(self, trained: Trained, progress: Progress, device: torch.device) -> dict[str, Any]:
@@ -113,6 +123,7 @@ class Recorder:
             "samples_per_s": self.batch_size / seconds,
             "tokens_per_s": counts.tokens / seconds,
             "seconds": progress.seconds,
+            "unix_time": time.time(),  # what lies between two steps counts here, and not in `seconds`
             "dropped_dialogues": progress.dropped,
             "supervised_fraction": counts.targets / counts.tokens,
             "padding_fraction": trained.padding,
@@ -133,9 +144,14 @@ class Recorder:
             seen = trained.last.image_to_sample[trained.last.image_weight > 0].unique()
             if len(seen) > 1:
                 record |= self._weights(trained.weights.select(seen.to(device)), step)
+        self.stragglers.step(trained.phases.get("data", 0.0), seconds)
         log_due = step % self.tracking.log_every == 0 or step in (1, self.total_steps)
         if log_due or weights_due or not trained.result.applied:
             record |= self._system(counts, seconds, device)
+            figures, told = self.stragglers.compare()
+            record |= figures
+            for message in told:
+                warn(f"step {step}: {message}")
         return record
 
     def _weights(self, weights: PerceptualWeights, step: int) -> dict[str, float]:

@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
 
 from common.errors import UserError
-from common.files import write_json
 from data_prep.store.errors import DataError
 from data_prep.store.pixels import ImageInput, PixelPreprocessor
 from data_prep.store.split import Split
@@ -45,8 +44,10 @@ from train.engine.export import export, exported_part, load_connector
 from train.engine.finite import bad_weights
 from train.engine.loop import Loop, Observer, Stage, progress_bar, return_memory
 from train.engine.records import Recorder
-from train.measure import memory, samples
+from train.engine.validation import Validation, write_facts
+from train.measure import memory
 from train.measure.flops import FlopCounter
+from train.measure.stragglers import Stragglers
 from train.measure.summary import describe, parameter_counts
 from train.measure.tracking import Tracker
 from train.process import distributed
@@ -101,7 +102,8 @@ def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: Stop
     model = _build(config, micro_steps, data)
     norms = base_norms(model.llm, model.placement, lambda w: GatheredParameters([w])) if model.placement else {}
     freeze(model, config.stage)  # after the norms: adapters are no part of W
-    recorder = Recorder(config, total_steps, FlopCounter(model, features_cached=config.vision.cache), norms)
+    flops = FlopCounter(model, features_cached=config.vision.cache)
+    recorder = Recorder(config, total_steps, flops, norms, Stragglers(device))
     table, counts = describe(model), parameter_counts(model)
     engine = Engine(model, config, total_steps, micro_steps)
     if model.connector.norm is not None and not model.connector.norm.measured:
@@ -109,6 +111,18 @@ def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: Stop
 
     stage = Stage(config, run_dir, engine, data.loader, data.identity, total_steps, Progress(), stop)
     found = stage.resume()
+    facts: dict[str, Any] = {
+        "world_size": distributed.world_size(),
+        "zero_stage": engine.zero_stage,
+        "total_steps": total_steps,
+        "accumulation": micro_steps,
+        "ops_backend": backend,
+        "gradient_checkpointing": config.engine.gradient_checkpointing,
+        "vision_features_cached": config.vision.cache,
+        "parameters": counts,
+        "identity": data.identity,
+        "machine": machine(),
+    }
     tracker = None
     if distributed.rank() == 0:
         print(table)
@@ -119,53 +133,32 @@ def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: Stop
             + (f", resumed at step {stage.progress.step} from {found}" if found else ""),
             flush=True,
         )
-        facts = {
-            "world_size": distributed.world_size(),
-            "zero_stage": engine.zero_stage,
-            "total_steps": total_steps,
-            "accumulation": micro_steps,
-            "ops_backend": backend,
-            "gradient_checkpointing": config.engine.gradient_checkpointing,
-            "vision_features_cached": config.vision.cache,
-            "parameters": counts,
-            "identity": data.identity,
-            "machine": machine(),
-        }
-        write_json(RunDir(run_dir).facts, facts)
+        write_facts(run_dir, facts, stage.progress)
         tracker = Tracker(config, run_dir, read_record(run_dir), stage.progress.step, facts)
-    return _train(stage, recorder, data, tracker)
+    validation = None
+    if data.questions and data.held_out:
+        validation = Validation(config, run_dir, engine, data.questions, data.held_out, tracker, facts)
+    return _train(stage, recorder, data, tracker, validation)
 
 
-def _train(stage: Stage, recorder: Recorder, data: _Data, tracker: Tracker | None) -> bool:
-    """Run the loop and, at its end, what a finished stage leaves: samples, validation loss, export. Collective."""
+def _train(
+    stage: Stage, recorder: Recorder, data: _Data, tracker: Tracker | None, validation: Validation | None
+) -> bool:
+    """Run the loop and, at its end, export what the stage has trained. Collective."""
     config, engine = stage.config, stage.engine
-
-    def show_samples(step: int) -> None:
-        if data.questions:
-            rows = samples.predict(engine, data.questions, config)
-            if tracker is not None:
-                samples.write(stage.run_dir, step, rows, tracker)
-
-    def show_samples_when_due(step: int, record: dict[str, Any]) -> None:
-        every = config.tracking.samples_every
-        if every and step % every == 0:
-            show_samples(step)
-
     summary: dict[str, Any] = {}
     try:
         with progress_bar(stage) as bar:
             observers: list[Observer] = [] if tracker is None else [tracker.log]
-            observers += [show_samples_when_due, bar]
+            observers += [bar]
             observers += [return_memory] if engine.device.type == "cpu" else []
-            loop = Loop(stage, recorder, observers)
-            finished = loop.run()
+            finished = Loop(stage, recorder, observers, validation).run()
         summary |= asdict(stage.progress)
         if finished:
-            if data.questions and data.held_out:
-                show_samples(stage.total_steps)
-                summary["val_loss"] = loop.validate(data.held_out)
-                if tracker is not None:
-                    tracker.log(stage.total_steps, {"val_loss": summary["val_loss"]})
+            if validation is not None:
+                summary["val_loss"] = validation.loss
+            if config.checkpoint.export == "best":
+                stage.take_best()
             export(engine, stage.run_dir, data.tokenizer, config, data.identity)
     finally:
         if tracker is not None:

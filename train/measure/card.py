@@ -109,6 +109,9 @@ def training(config: RunConfig, record: dict[str, Any], facts: dict[str, Any]) -
         ("code", f"{record.get('git_commit')}{' with uncommitted changes' if record.get('git_dirty') else ''}"),
         ("versions", ", ".join(f"{k} {v}" for k, v in record.get("versions", {}).items())),
     ]
+    best = facts.get("best") if config.checkpoint.export == "best" else None
+    if best:
+        rows.insert(3, ("weights", f"of step {best['step']}, the lowest validation loss ({best['val_loss']:.4f})"))
     if config.connector.name == "vlora":
         generator = config.generator
         every = "every layer" if generator.every == 1 else f"every {generator.every} layers"

@@ -8,6 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from common.files import DamagedFile, read_text, sealed_json, unsealed, write_atomically
 from train.config import RunConfig, TrackingConfig
 from train.process.run_dir import read_record
@@ -220,7 +222,8 @@ def start_wandb(tracking: TrackingConfig, folder: Path, name: str, **options: An
     import wandb
 
     mode: Any = tracking.wandb
-    settings = wandb.Settings(x_disable_stats=True, console="off")
+    # The panels of the system are worth their process's share of a core where there is a GPU to watch.
+    settings = wandb.Settings(x_disable_stats=not torch.cuda.is_available(), console="off")
     return wandb.init(
         mode=mode,
         project=tracking.project,

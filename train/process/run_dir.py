@@ -31,7 +31,7 @@ _CODE = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "hydra-core", "wandb", "safetensors", "triton")
 # Where and how a run is executed may change between its lifetimes; what it computes may not.
 _MAY_CHANGE = {
-    "launch", "tracking", "checkpoint", "evaluation", "run_dir", "output_root", "cache_dir", "check",
+    "launch", "tracking", "checkpoint", "evaluation", "debug", "run_dir", "output_root", "cache_dir", "check",
     "data.root", "data.expected_length", "data.num_workers", "data.prefetch", "data.on_corrupt_shard",
     "llm.path", "vision.path",  # compared by fingerprint
     "engine.micro_batch_size", "engine.gradient_checkpointing", "engine.memory_gib", "engine.timeout_minutes",
@@ -69,6 +69,8 @@ def create(config: RunConfig) -> Path:
         configuration.save(config, RunDir(path).config)
         if (old.stage.steps, old.stage.epochs) != (config.stage.steps, config.stage.epochs):
             RunDir(path).done.unlink(missing_ok=True)  # it is longer now
+        if old.checkpoint.export != config.checkpoint.export:
+            RunDir(path).done.unlink(missing_ok=True)  # other weights are exported
         return path
     names = {p.name for p in path.iterdir() if not p.name.startswith(".")} if path.exists() else set()
     if failed_start:

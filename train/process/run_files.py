@@ -18,9 +18,9 @@ class RunDir:
     | `config.yaml` | the resolved configuration, all that workers read |
     | `run.json` | id, command, git commit, versions, creation time, fingerprints of the models |
     | `git.diff` | uncommitted changes of the code, if any |
-    | `facts.json` | what the run found out: world size, steps, parameters per part |
+    | `facts.json` | what the run found out: world size, steps, parameters per part, the best step |
     | `metrics.jsonl` | one record per line |
-    | `checkpoints/` | what the run resumes from |
+    | `checkpoints/` | what the run resumes from, and the best by validation loss |
     | `samples/` | tables of questions, answers and predictions |
     | `export/` | the trained model, a Hugging Face folder |
     | `evaluation/` | scores and predictions of `train.evaluate` |
@@ -31,6 +31,7 @@ class RunDir:
     | `DONE` | the stage has finished and its export is written |
     | `FAILED` | why a job gave up (on a cluster) |
     | `crashes` | one line per crash (on a cluster) |
+    | `profile/` | traces of chosen steps (`debug.profile`); after a GPU ran out of memory, what filled it |
     | `hang/` | after a hang: where every rank stood |
     """
 
@@ -55,6 +56,11 @@ class RunDir:
     def hang(self) -> Path:
         """Where every rank stood in a hang."""
         return self.path / "hang"
+
+    @property
+    def profile(self) -> Path:
+        """Folder of traces and memory snapshots."""
+        return self.path / "profile"
 
     @property
     def facts(self) -> Path:

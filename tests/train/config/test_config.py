@@ -78,13 +78,15 @@ def test_a_saved_configuration_loads_as_it_was(tmp_path):
         ("engine.gradient_checkpointing=maybe", r"gradient_checkpointing=maybe: choose one of true, false, auto"),
         ("engine.gradient_checkpointing=1", r"gradient_checkpointing=1: choose one of true, false, auto"),
         ("engine.memory_gib=0", r"engine\.memory_gib=0.*above 0"),
+        ("data.val=null evaluation.every=100", r"evaluation\.every=100 needs data\.val"),
+        ("data.val=null checkpoint.export=best", r"checkpoint\.export=best needs data\.val"),
         ("engine.compile=inductor", r"engine\.compile=inductor needs engine\.zero_stage=2 or less"),
         ("engine.zero_stage=auto", r"`engine\.zero_stage`.*auto"),
     ],
 )
 def test_mistakes_are_named(override, message):
     with pytest.raises(ConfigError, match=message) as caught:
-        composed(override)
+        composed(*override.split())
     assert "\n" not in str(caught.value)
 
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from train.config import RunConfig, StageConfig, TrainedParts
 from train.engine import checkpoint
 from train.engine.checkpoint import Progress
 from train.engine.engine import Engine, freeze
+from train.engine.saving import Saver
 from train.process import distributed
 
 device = distributed.init(timeout_minutes=1)
@@ -349,7 +351,7 @@ def checkpoints_load(results: dict) -> None:
             engine = Engine(model, config, total_steps=10, accumulation=1)
             if first:
                 step(engine, global_batch([0, 1, 2, 3], 0))
-                checkpoint.save(engine, run, Progress(step=1), {"llm": "x"}, keep=1)
+                Saver(engine, run, {"llm": "x"}, keep=1, background=False).save(Progress(step=1))
             else:
                 found = checkpoint.find(run)
                 assert checkpoint.load(engine, found, {"llm": "x"}).step == 1
@@ -369,7 +371,8 @@ def what_one_rank_sees_all_refuse(results: dict) -> None:
     model, config = parts.build(parts.config()), configuration("pretrain")
     freeze(model, config.stage)
     engine = Engine(model, config, total_steps=10, accumulation=1)
-    path = checkpoint.save(engine, folder, Progress(step=1), {"llm": "x"}, keep=1)
+    Saver(engine, folder, {"llm": "x"}, keep=1, background=False).save(Progress(step=1))
+    path = checkpoint.find(folder)
     said = []
     for identity in ({"llm": "x" if RANK < WORLD - 1 else "y"}, {"llm": "x"}):
         try:
@@ -387,12 +390,73 @@ def what_one_rank_sees_all_refuse(results: dict) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def checkpoints_in_the_background(results: dict) -> None:
+    """Training goes on while a checkpoint is written, as it would have; what is written is the step it names.
+
+    Rank 0's disk is held up until two more steps are done, then all ranks wait.
+    """
+    folder = Path(distributed.gather(tempfile.mkdtemp())[0])
+    for precision, stage in [("bf16", 3), ("fp32", 0), ("fp32", 2), ("fp32", 3)]:
+        name = f"background/{precision}/{stage}"
+        weights, published, moved = [], [], []
+        for background in (False, True):
+            model, config = parts.build(parts.config()), configuration("finetune")
+            config.engine.precision, config.engine.zero_stage = precision, stage
+            for part_of_it in (model.vision, model.connector, model.llm):
+                part_of_it.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+            freeze(model, config.stage)
+            engine = Engine(model, config, total_steps=10, accumulation=1)
+            step(engine, global_batch([0, 1, 2, 3], 0))
+            before = masters(engine)
+            run = folder / f"{precision}-{stage}-{background}"
+            saver, held, progress = Saver(engine, run, {}, 1, background), threading.Event(), Progress(step=1)
+            writer = engine.deepspeed.checkpoint_engine
+            write = writer.save
+            if background and RANK == 0:
+                writer.save = lambda *args, write=write, held=held: (held.wait(60), write(*args))
+            saver.save(progress)
+            for seed in (1, 2):
+                step(engine, global_batch([0, 1], seed))
+                progress.step += 1
+                saver.poll()
+                published.append((run / "checkpoints" / "step-000001").exists())
+            held.set()
+            saver.finish()
+            shards = sorted((run / "checkpoints" / "step-000001").glob("*.pt"))
+            weights.append([torch.load(file, weights_only=False) for file in shards])
+            weights[-1].append(masters(engine))
+            moved.append(not same(before, masters(engine)))
+            assert checkpoint.find(run).name == "step-000001"
+            engine.deepspeed.destroy()
+        results[name] = {"same": same(*weights), "published": published, "moved": moved}
+    distributed.barrier()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def masters(engine: Engine) -> dict[str, torch.Tensor]:
+    """Every trained parameter, whole."""
+    found = {n: safe_get_full_fp32_param(p) for n, p in engine.model.named_parameters() if p.requires_grad}
+    plain = {n: p for n, p in engine.model.named_parameters() if p.requires_grad}
+    return {n: (plain[n] if p is None else p).detach().clone() for n, p in found.items()}
+
+
+def same(a, b) -> bool:
+    """Whether two trees of containers and tensors are equal; other objects are compared by what they hold."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return same(vars(a), vars(b)) if hasattr(a, "__dict__") and not isinstance(a, type) else a == b
+
+
 def main() -> None:
     results: dict = {"world": WORLD}
     cases = (
         gradient_equality, trajectories, frozen_parts_stay, graph_start, graph_start_with_checkpointing,
         stale_gradients, nan_steps, evaluation_first, checkpoints_load,
-        what_one_rank_sees_all_refuse,
+        what_one_rank_sees_all_refuse, checkpoints_in_the_background,
     )  # fmt: skip
     for case in cases:
         if sys.argv[1:] and case.__name__ not in sys.argv[1:]:  # named on the command line: only those

@@ -89,3 +89,10 @@ def test_what_one_rank_refuses_all_refuse_with_the_same_words(results):
     identity, planted = refusals[0]
     assert "belongs to another llm (fingerprint x, here y)" in identity
     assert ".pt holds `posix.system`" in planted and "nothing of it was run" in planted
+
+
+def test_a_checkpoint_written_in_the_background_holds_the_step_it_names(results):
+    """Training goes on and ends as without; the checkpoint has its name only when all ranks have written."""
+    cases = {name: value for name, value in results.items() if name.startswith("background/")}
+    expected = {"same": True, "published": [True, True, False, False], "moved": [True, True]}
+    assert len(cases) == 4 and all(value == expected for value in cases.values()), cases
