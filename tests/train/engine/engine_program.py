@@ -4,6 +4,7 @@ Reference: the same model, un-partitioned, on the whole global batch at once.
 """
 
 import copy
+import gc
 import itertools
 import json
 import os
@@ -91,6 +92,12 @@ def step(engine: Engine, batch: Batch, micro_steps: int = 1, then=lambda: None, 
     return engine.result()
 
 
+def end(engine: Engine) -> None:
+    """Take an engine down. What it leaves goes where DeepSpeed's collections, half of all seconds, do not look."""
+    engine.deepspeed.destroy()
+    gc.freeze()
+
+
 def gradients(engine: Engine) -> dict[str, torch.Tensor]:
     return {n: safe_get_full_grad(p) for n, p in engine.model.named_parameters() if p.requires_grad}
 
@@ -131,7 +138,7 @@ def gradient_equality(results: dict) -> None:
                 # Image norm makes some gradients exactly zero (a bias in front of it); fp32 leaves rounding there.
                 difference = worst(found, theirs, floor=1.0 if image_norm else 1e-4)
                 results[f"{stage}/{'checkpointing' if checkpointing else 'plain'}/{name}"] = difference
-                engine.deepspeed.destroy()
+                end(engine)
 
 
 TRAJECTORIES = {
@@ -180,7 +187,7 @@ def trajectories(results: dict) -> None:
         theirs = {n: p.detach() for n, p in reference.named_parameters() if p.requires_grad}
         results[f"trajectory/{name}/weights"] = max((ours[n] - t).abs().max().item() for n, t in theirs.items())
         results[f"trajectory/{name}/grad_norm"] = max(norms)
-        engine.deepspeed.destroy()
+        end(engine)
 
 
 def frozen_parts_stay(results: dict) -> None:
@@ -200,7 +207,7 @@ def frozen_parts_stay(results: dict) -> None:
         else:
             same &= equal
     results["frozen_bit_identical"], results["connector_moved"] = same, moved
-    engine.deepspeed.destroy()
+    end(engine)
 
 
 def graph_start(results: dict, checkpointing: bool = False) -> None:
@@ -227,7 +234,7 @@ def graph_start(results: dict, checkpointing: bool = False) -> None:
         coordinator.fetch_sub_module = fetch
         engine.micro_step()
     results[f"graph/{checkpointing}"], results[f"fetched/{checkpointing}"] = graph, sorted(fetched)
-    engine.deepspeed.destroy()
+    end(engine)
 
 
 def graph_start_with_checkpointing(results: dict) -> None:
@@ -267,7 +274,7 @@ def stale_gradients(results: dict) -> None:
         engine.result()
     ours = safe_get_full_fp32_param(engine.model.connector.weight)
     results["stale"] = (ours - reference.connector.weight).abs().max().item()
-    engine.deepspeed.destroy()
+    end(engine)
 
 
 def nan_steps(results: dict) -> None:
@@ -286,7 +293,7 @@ def nan_steps(results: dict) -> None:
         results["nan_error"] = ""
     except UserError as error:
         results["nan_error"] = str(error)
-    engine.deepspeed.destroy()
+    end(engine)
 
 
 ORDERS = [
@@ -334,7 +341,7 @@ def evaluation_first(results: dict) -> None:
             with torch.no_grad():
                 after = engine.forward(batch).loss_sum  # as a validation after the last step
             results[f"order/{encoder}/{connector}/{stage}/{first}"] = worst_of if after.isfinite() else float("inf")
-            engine.deepspeed.destroy()
+            end(engine)
 
 
 def checkpoints_load(results: dict) -> None:
@@ -359,7 +366,7 @@ def checkpoints_load(results: dict) -> None:
             step(engine, global_batch([0, 1, 2, 3], 1))
             with torch.no_grad():
                 losses.append(engine.forward(batch).loss_sum.item())
-            engine.deepspeed.destroy()
+            end(engine)
         results[f"checkpoint/{precision}/{stage}"] = abs(losses[0] - losses[1])
     distributed.barrier()
     shutil.rmtree(folder, ignore_errors=True)
@@ -385,7 +392,7 @@ def what_one_rank_sees_all_refuse(results: dict) -> None:
             torch.save({**torch.load(file, weights_only=False), "extra": os.system}, file)
         distributed.barrier()
     results["refusals"] = distributed.gather(said)
-    engine.deepspeed.destroy()
+    end(engine)
     distributed.barrier()
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -452,6 +459,7 @@ def same(a, b) -> bool:
 
 
 def main() -> None:
+    gc.freeze()  # nor at what was imported
     results: dict = {"world": WORLD}
     cases = (
         gradient_equality, trajectories, frozen_parts_stay, graph_start, graph_start_with_checkpointing,
