@@ -16,7 +16,8 @@ from train.measure.tracking import read_metrics
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, "-m", "train.demo", "--llm", "tiny", "--out", str(folder), "--questions", "1000"]
+    command = [sys.executable, "-m", "train.demo", "--llm", "tiny", "--out", str(folder), "--questions", "500"]
+    command += ["data.batch_size=32", "data.dialogues_per_sample=2"]  # two thirds of the work, and enough to see
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -30,7 +31,7 @@ def test_it_learns_to_see(out):
     evaluation = summary["connectors"]["vlora"]["evaluation"]
     real, wrong = evaluation["real"]["accuracy"], evaluation["shuffled"]["accuracy"]
     floor = summary["blind_floor"]
-    # Measured: 98.6, 98.7 and 92.9; the margin is for other machines' rounding.
+    # Measured: 98.4, 100.0 and 95.2; the margin is for other machines' rounding.
     assert real["shape"]["percent"] > 90 and real["color"]["percent"] > 85
     assert real["overall"]["percent"] > 85
     for kind in ("shape", "color"):
