@@ -41,6 +41,30 @@ class VisualContext:
     packing: Packing | None = None
     kept: dict[int, Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def of_row(cls, features: Tensor) -> VisualContext:
+        """Of one text row, which is about all of the images [I, P, W]."""
+        return cls(features).for_rows([list(range(len(features)))])
+
+    @classmethod
+    def batch(cls, each: Sequence[VisualContext | None]) -> VisualContext:
+        """For as many text rows, each with the images of one row's context or none; at least one has some."""
+        given = [context for context in each if context is not None]
+        number = iter(range(sum(len(context.features) for context in given)))
+        rows = [[] if context is None else [next(number) for _ in context.features] for context in each]
+        most = max(map(len, rows))
+        features = torch.cat([context.features for context in given])
+        return cls(features).for_rows([row + [-1] * (most - len(row)) for row in rows])
+
+    def __add__(self, other: VisualContext) -> VisualContext:
+        """One row about the images of both."""
+        return self.of_row(torch.cat([self.features, other.features]))
+
+    @property
+    def nbytes(self) -> int:
+        """Of the features."""
+        return self.features.nbytes
+
     def for_rows(self, images: list[list[int]], packing: Packing | None = None) -> VisualContext:
         """The same features for text rows.
 

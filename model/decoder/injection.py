@@ -12,45 +12,59 @@ first call computes all, in a module of its own (`SharedInput`) so that ZeRO-3 h
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from model.decoder.swap import swap, unswap
+from model.decoder.swap import original, swap, unswap
 from model.generator.placement import Placement, decoder_layers
 from model.generator.weights import PerceptualWeights
-from model.ops import Rows, Segments, lowrank_delta, lowrank_linear, lowrank_linear_group
+from model.ops import Rows, Segments, inference, lowrank_delta, lowrank_linear, lowrank_linear_group
+from model.ops.inference import Joined
 
 SHARING_INPUT = (("q", "k", "v"), ("gate", "up"))
 """Types whose projections read the same tensor in every decoder we place deltas in."""
 
 
 class _Added(NamedTuple):
-    """What one decoder layer adds: the factors A [S, d_in, r] and B [r, d_out] by type, their scale and the rows."""
+    """What one decoder layer adds: the factors A [S, d_in, r] and B [r, d_out] by type, their scale and the rows.
+
+    `joined`, by types that share their input, is how they are laid out where no gradient is wanted; else empty.
+    """
 
     factors: dict[str, tuple[Tensor, Tensor]]
     scale: float
     rows: Rows | Segments | None
-
-    @classmethod
-    def to(cls, layer: int, weights: PerceptualWeights) -> _Added:
-        return cls(weights.for_layer(layer), weights.scale, weights.rows)
+    joined: dict[tuple[str, ...], Joined]
 
 
-_NOTHING = _Added({}, 1.0, None)
+_NOTHING = _Added({}, 1.0, None, {})
 
 
 class _LayerState:
-    """What the projections of one decoder layer add during the layer's forward."""
+    """What the projections of decoder layer `index` add during the layer's forward.
 
-    __slots__ = ("added", "groups", "pinned")
+    `together`: its placed types, those that share their input in one tuple.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("added", "groups", "index", "pinned", "together")
+
+    def __init__(self, index: int) -> None:
+        self.index = index
         self.pinned: PerceptualWeights | None = None
+        self.together: tuple[tuple[str, ...], ...] = ()
         self.groups: list[SharedInput] = []
         self.added = _NOTHING
+
+    def added_by(self, weights: PerceptualWeights | None) -> _Added:
+        factors = None if weights is None else weights.by_layer.get(self.index)
+        if weights is None or factors is None:
+            return _NOTHING
+        training = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+        joined = {} if training else weights.joined(self.index, self.together)
+        return _Added(factors, weights.scale, weights.rows, joined)
 
     def clear(self) -> None:
         self.added = _NOTHING
@@ -61,12 +75,13 @@ class _LayerState:
 class SharedInput(nn.Module):
     """The placed projections of one decoder layer that read the same input, as one op.
 
-    It owns no parameters and adds no key to the state dict. `linears` are the projections by type.
+    It owns no parameters and adds no key to the state dict. `linears` are the projections by type, `types` their types.
     """
 
     def __init__(self, state: _LayerState, linears: dict[str, nn.Linear]) -> None:
         super().__init__()
         self.linears = linears  # in a dict, so that nn.Module does not count them twice
+        self.types = tuple(linears)
         self._state = state
         self._input: Tensor | None = None
         self._ready: dict[str, Tensor] = {}
@@ -77,9 +92,13 @@ class SharedInput(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """The output of every projection that has deltas now, in their order."""
-        factors, scale, rows = self._state.added
-        a, b = zip(*(factors[t] for t in self._types()), strict=True)
-        linears = [self.linears[t] for t in self._types()]
+        factors, scale, rows, joined = self._state.added
+        types = self._types()
+        linears = [self.linears[t] for t in types]
+        ready = joined.get(self.types)
+        if ready is not None and ready.fits(x):
+            return inference.lowrank_linear_group(x, [ll.weight for ll in linears], [ll.bias for ll in linears], ready)
+        a, b = zip(*(factors[t] for t in types), strict=True)
         weights = [linear.weight for linear in linears]
         biases = [linear.bias for linear in linears if linear.bias is not None]
         return lowrank_linear_group(x, weights, a, b, scale, biases=biases, rows=rows)
@@ -92,7 +111,8 @@ class SharedInput(nn.Module):
         return self._ready.pop(weight_type)
 
     def _types(self) -> list[str]:
-        return [t for t in self.linears if t in self._state.added.factors]
+        factors = self._state.added.factors
+        return [t for t in self.types if t in factors]
 
     def clear(self) -> None:
         """Drop what was not asked for."""
@@ -103,9 +123,9 @@ class _PerceptualLayer(nn.Module):
     """Mixin in front of a decoder layer's class."""
 
     def forward(self, *args: Any, perceptual_weights: PerceptualWeights | None = None, **kwargs: Any) -> Any:
-        weights = perceptual_weights if perceptual_weights is not None else self._perceptual_state.pinned
-        added = _NOTHING if weights is None else _Added.to(self._perceptual_index, weights)
-        return self._perceptual_forward(added, *args, **kwargs)
+        state: _LayerState = self._perceptual_state
+        weights = perceptual_weights if perceptual_weights is not None else state.pinned
+        return self._perceptual_forward(state.added_by(weights), *args, **kwargs)
 
     def _perceptual_forward(self, added: _Added, *args: Any, **kwargs: Any) -> Any:
         state: _LayerState = self._perceptual_state
@@ -124,9 +144,16 @@ class _PerceptualModule(nn.Module):
         factors = added.factors.get(self._perceptual_type)
         if factors is None:
             return super().forward(x, *args, **kwargs)
+        ready = added.joined.get((self._perceptual_type,))
+        if ready is not None and not ready.fits(x):
+            ready = None
         if self._perceptual_fused:
+            if ready is not None:
+                return inference.lowrank_linear_group(x, (self.weight,), (self.bias,), ready)[0]
             return lowrank_linear(x, self.weight, *factors, added.scale, bias=self.bias, rows=added.rows)
         out = super().forward(x, *args, **kwargs)
+        if ready is not None and isinstance(out, Tensor):
+            return inference.with_delta(out, x, ready)
         delta = lowrank_delta(x, *factors, added.scale, rows=added.rows)
         if isinstance(out, tuple):  # an MLP of experts that returns what its router said as well
             return (out[0] + delta, *out[1:])
@@ -145,6 +172,9 @@ class _GroupedProjection(nn.Module):
         return self._perceptual_group[0].output(self._perceptual_type, x)
 
 
+_PLACED = (_PerceptualModule, _GroupedProjection)
+
+
 def inject(llm: nn.Module, placement: Placement) -> None:
     """Make `llm` accept `perceptual_weights=` in its forward. Without it, it computes exactly what it did before.
 
@@ -154,8 +184,8 @@ def inject(llm: nn.Module, placement: Placement) -> None:
     for index, layer in enumerate(decoder_layers(llm)):
         if isinstance(layer, _PerceptualLayer):
             raise ValueError("perceptual weights are already injected into this model")
-        state = _LayerState()
-        swap(layer, _PerceptualLayer, _perceptual_state=state, _perceptual_index=index)
+        state = _LayerState(index)
+        swap(layer, _PerceptualLayer, _perceptual_state=state)
         modules = {site.type: layer.get_submodule(site.module) for site in placement.sites if site.layer == index}
         grouped: dict[str, SharedInput] = {}
         for types in SHARING_INPUT:
@@ -165,6 +195,7 @@ def inject(llm: nn.Module, placement: Placement) -> None:
                 layer.add_module(_group_name(types), group)
                 state.groups.append(group)
                 grouped |= dict.fromkeys(linears, group)
+        state.together = (*(group.types for group in state.groups), *((t,) for t in modules if t not in grouped))
         for weight_type, module in modules.items():
             known: dict[str, Any] = {"_perceptual_state": state, "_perceptual_type": weight_type}
             if weight_type in grouped:
@@ -173,6 +204,22 @@ def inject(llm: nn.Module, placement: Placement) -> None:
             else:
                 # Quantised linears and the like keep their own forward; a plain one is a single op with its delta.
                 swap(module, _PerceptualModule, **known, _perceptual_fused=type(module) is nn.Linear)
+
+
+@contextmanager
+def without_deltas(llm: nn.Module, placement: Placement) -> Iterator[None]:
+    """Inside the block the modules of `placement`, and every decoder layer that keeps none, have their own classes.
+
+    They then cost what they cost in a plain LLM. The others go on to take deltas.
+    """
+    layers = decoder_layers(llm)
+    plain = {layers[site.layer].get_submodule(site.module) for site in placement.sites}
+    kept = [layer for layer in layers if any(isinstance(m, _PLACED) and m not in plain for m in layer.modules())]
+    with ExitStack() as stack:
+        for mixin in _PLACED:
+            stack.enter_context(original(plain, mixin))
+        stack.enter_context(original([layer for layer in layers if layer not in kept], _PerceptualLayer))
+        yield
 
 
 def _one_op(linears: dict[str, nn.Module]) -> bool:
@@ -191,7 +238,7 @@ def eject(llm: nn.Module) -> None:
         if unswap(module, _PerceptualLayer):
             for types in SHARING_INPUT:
                 module._modules.pop(_group_name(types), None)
-        for mixin in (_PerceptualModule, _GroupedProjection):
+        for mixin in _PLACED:
             unswap(module, mixin)
 
 

@@ -8,6 +8,8 @@ way.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -38,6 +40,20 @@ def unswap(module: nn.Module, mixin: type) -> bool:
         delattr(module, name)
     module.__dict__["_swapped"].pop()
     return True
+
+
+@contextmanager
+def original(modules: Iterable[nn.Module], mixin: type) -> Iterator[None]:
+    """Inside the block those of `modules` whose last swap was of `mixin` have the class that they had before it."""
+    swapped = [(module, type(module)) for module in modules if isinstance(module, mixin)]
+    for module, cls in swapped:
+        before, _ = module.__dict__["_swapped"][-1]
+        module.__class__ = cls if issubclass(before, mixin) else before
+    try:
+        yield
+    finally:
+        for module, cls in swapped:
+            module.__class__ = cls
 
 
 @functools.cache

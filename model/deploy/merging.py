@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from model.decoder.injection import pinned
+from model.decoder.injection import pinned, without_deltas
 from model.generator.placement import Site, decoder_layers
 from model.generator.weights import PerceptualWeights
 from model.ops import MERGEABLE, Merged, MergeError, Placed, merge_, merge_errors, restore_
@@ -60,8 +60,9 @@ def merged(
 ) -> Iterator[MergeReport]:
     """Inside the block the model's own weights hold one sample's deltas; after it they are bit-identical to before.
 
-    Every row inside the block is taken to be about that sample. Without gradients, and on whole weights (not under
-    ZeRO-3). Costs a second copy of the merged matrices.
+    Merged projections, and layers with nothing else, are those of the plain LLM, its classes included. Every row
+    inside the block is taken to be about that sample. Without gradients, and on whole weights (not under ZeRO-3). Costs
+    a second copy of the merged matrices.
 
     Args:
         llm: A model that `model.decoder.injection.inject` has prepared.
@@ -95,7 +96,10 @@ def merged(
     merge: Merged = merge_(matrices, weights.scale)
     try:
         errors = dict(zip(sites, merge_errors(merge, matrices, weights.scale), strict=True))
-        with pinned(llm, one.of_types(branches) if branches else None):
+        with (
+            pinned(llm, one.of_types(branches) if branches else None),
+            without_deltas(llm, weights.placement.only(chosen)),
+        ):
             yield MergeReport(next(llm.parameters()).dtype, errors, branches)
     finally:
         restore_(merge)

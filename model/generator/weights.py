@@ -6,7 +6,9 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from model.generator.placement import Placement, Site, decoder_layers
 from model.ops import NO_SAMPLE, Rows, Segments
+from model.ops.inference import Joined, join
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,43 @@ class PerceptualWeights:
         """S."""
         return next(iter(self.a.values())).shape[0]
 
-    def for_layer(self, layer: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """The factors of one decoder layer by type."""
-        return {site.type: (self.a[site], self.b[site]) for site in self.placement.sites if site.layer == layer}
+    @cached_property
+    def by_layer(self) -> dict[int, dict[str, tuple[Tensor, Tensor]]]:
+        """The factors of every placed decoder layer by type."""
+        found: dict[int, dict[str, tuple[Tensor, Tensor]]] = {layer: {} for layer in self.placement.layers}
+        for site in self.placement.sites:
+            found[site.layer][site.type] = (self.a[site], self.b[site])
+        return found
+
+    def joined(self, layer: int, together: tuple[tuple[str, ...], ...]) -> dict[tuple[str, ...], Joined]:
+        """The factors of one layer for the op without gradients, made once.
+
+        Args:
+            layer: Its number.
+            together: Types that share their input.
+
+        Returns:
+            Those of each entry of `together` that has any here, all of its types that are placed.
+        """
+        key = (layer, together)
+        if key not in self._joined:
+            placed, made = self.by_layer[layer], {}
+            for types in together:
+                factors = [placed[t] for t in types if t in placed]
+                a, b = [a for a, _ in factors], [b for _, b in factors]
+                if factors and (found := join(a, b, self.scale, self.rows)) is not None:
+                    made[types] = found
+            self._joined[key] = made
+        return self._joined[key]
+
+    @cached_property
+    def _joined(self) -> dict[Any, dict[tuple[str, ...], Joined]]:
+        return {}
+
+    @property
+    def nbytes(self) -> int:
+        """Of the generated factors; the learned ones are the model's."""
+        return sum(a.nbytes for a in self.a.values())
 
     def for_rows(self, rows: Rows | Segments | None) -> PerceptualWeights:
         """The same weights for other text rows."""

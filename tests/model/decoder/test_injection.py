@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import GeneratorConfig
-from model.decoder.injection import _Added, eject, inject, pinned
+from model.decoder.injection import eject, inject, pinned
 from model.generator.placement import decoder_layers, place
 from tests.model import parts
 
@@ -153,7 +153,7 @@ def test_a_projection_called_on_another_input_is_computed_anew():
     weights = model.condition(parts.batch(rows=[0], images=[0])).weights
     layer = decoder_layers(model.llm)[model.placement.layers[0]]
     attention, state = layer.self_attn, layer._perceptual_state
-    state.added = _Added.to(model.placement.layers[0], weights)
+    state.added = state.added_by(weights)
     x, other = torch.randn(2, 1, 5, 32)
     attention.q_proj(x)
     site = next(s for s in model.placement.sites if (s.layer, s.type) == (model.placement.layers[0], "k"))
@@ -216,9 +216,11 @@ def test_pinned_weights_hold_inside_the_block_only():
     batch = parts.batch(rows=[0], images=[0])
     plain = model.llm(input_ids=batch.input_ids).logits
     weights = model.condition(batch).weights.for_rows(batch.rows)
-    with torch.no_grad(), pinned(model.llm, weights):
-        inside = model.llm(input_ids=batch.input_ids).logits
-    assert torch.equal(inside, model.llm(input_ids=batch.input_ids, perceptual_weights=weights).logits)
+    with torch.no_grad():
+        given = model.llm(input_ids=batch.input_ids, perceptual_weights=weights).logits
+        with pinned(model.llm, weights):
+            inside = model.llm(input_ids=batch.input_ids).logits
+    assert torch.equal(inside, given)
     assert torch.equal(model.llm(input_ids=batch.input_ids).logits, plain)
     assert not torch.equal(inside, plain)
 
