@@ -19,7 +19,6 @@ from starlette.concurrency import run_in_threadpool
 from data_prep.store.errors import DataError, Defect
 from data_prep.text.encoder import Encoded
 from model.generator.weights import base_norms
-from model.loading import ModelError
 from serve import batcher as batching
 from serve.batcher import Batcher, QueueFull
 from serve.images import ImageCache, Sources
@@ -80,16 +79,11 @@ class Service:
     Args:
         model, processor: What answers.
         settings: What is let in.
-
-    Raises:
-        ModelError: a connector whose requests cannot be decoded together.
     """
 
     def __init__(
         self, model: VLoRAForConditionalGeneration, processor: VLoRAProcessor, settings: ServerSettings
     ) -> None:
-        if (model.config.connector or {}).get("name") == "crossattn":
-            raise ModelError("a model with connector=crossattn is not served; ask it with python -m serve.ask")
         self.model, self.processor, self.settings = model, processor, settings
         self.cache = ImageCache(settings.cache_bytes)
         self.batcher = Batcher(model, processor, self.cache, settings.max_rows, settings.max_waiting)

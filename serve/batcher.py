@@ -12,13 +12,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from model.generator.weights import PerceptualWeights
-from serve.images import ImageCache, SeenImage
+from serve.images import ImageCache, Seen, SeenImage
 from vlora.modeling import VLoRAForConditionalGeneration
 from vlora.processing import VLoRAProcessor
 from vlora.streaming import Pieces
@@ -61,8 +62,8 @@ class Request:
 class _Row:
     """A request in flight."""
 
-    def __init__(self, request: Request, weights: PerceptualWeights | None, processor: VLoRAProcessor) -> None:
-        self.request, self.weights = request, weights
+    def __init__(self, request: Request, seen: Seen | None, processor: VLoRAProcessor) -> None:
+        self.request, self.seen = request, seen
         self.pieces, self.held, self.text = Pieces(processor), "", ""
         self.random = torch.Generator()
         self.random.manual_seed(request.seed) if request.seed is not None else self.random.seed()
@@ -139,7 +140,7 @@ class Batcher:
         self._rows: list[_Row] = []
         self._kv: DynamicCache | None = None
         self._mask = torch.zeros(0, 0, dtype=torch.int64)
-        self._weights: PerceptualWeights | None = None
+        self._seen: dict[str, Any] = {}
         self._stopping = threading.Event()
         self.generated = 0
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
@@ -239,9 +240,8 @@ class Batcher:
         inputs = self.processor.batch([request.ids for request in requests], [[] for _ in requests])
         mask, length = inputs["attention_mask"], inputs["input_ids"].shape[1]
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-        weights = [each if isinstance(each, PerceptualWeights) else None for each in shown]
-        if any(each is not None for each in weights):
-            inputs["perceptual_weights"] = PerceptualWeights.batch(weights)
+        seen = [None if isinstance(each, Tensor) else each for each in shown]
+        inputs |= _keyword(seen)
         visible = [(number, each) for number, each in enumerate(shown) if isinstance(each, Tensor)]
         if visible:
             inputs["pixel_values"] = torch.cat([pixels for _, pixels in visible])
@@ -255,7 +255,7 @@ class Batcher:
         cache = DynamicCache()
         out = self.model(**inputs.to(self.model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
         self.generated += len(requests)
-        rows = [_Row(request, each, self.processor) for request, each in zip(requests, weights, strict=True)]
+        rows = [_Row(request, each, self.processor) for request, each in zip(requests, seen, strict=True)]
         ends = self.processor.text.answer_end
         over = [row.take(row.choose(logits), ends) for row, logits in zip(rows, out.logits[:, -1], strict=True)]
         kept = [number for number, reason in enumerate(over) if not reason]
@@ -284,7 +284,7 @@ class Batcher:
             return
         self._rows = [self._rows[number] for number in numbers]
         if not self._rows or self._kv is None:
-            self._kv = self._weights = None
+            self._kv, self._seen = None, {}
             return
         self._kv, self._mask = _rows_of(self._kv, numbers), self._mask[numbers]
         self._trim()
@@ -299,8 +299,7 @@ class Batcher:
                 layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
 
     def _gather(self) -> None:
-        each = [row.weights for row in self._rows]
-        self._weights = PerceptualWeights.batch(each) if any(w is not None for w in each) else None
+        self._seen = _keyword([row.seen for row in self._rows])
 
     @torch.no_grad()
     def _step(self) -> None:
@@ -313,8 +312,8 @@ class Batcher:
             attention_mask=mask,
             position_ids=mask.sum(1, keepdim=True) - 1,
             past_key_values=self._kv,
-            perceptual_weights=self._weights,
             use_cache=True,
+            **self._seen,
         )
         self.generated += len(self._rows)
         ends = self.processor.text.answer_end
@@ -348,6 +347,14 @@ def _rows_of(cache: DynamicCache, numbers: list[int]) -> DynamicCache:
             kept = torch.tensor(numbers, dtype=torch.int64, device=layer.keys.device)
             layer.keys, layer.values = layer.keys[kept], layer.values[kept]
     return cache
+
+
+def _keyword(each: list[Any]) -> dict[str, Any]:
+    """What every row sees or None, as the model's forward takes it."""
+    kind = next((type(seen) for seen in each if seen is not None), None)
+    if kind is None:
+        return {}
+    return {"perceptual_weights" if kind is PerceptualWeights else "visual_context": kind.batch(each)}
 
 
 def _left(x: Tensor, length: int) -> Tensor:

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlparse
 
 import numpy as np
@@ -17,9 +18,13 @@ from torch import Tensor
 
 from data_prep.store.errors import DataError
 from data_prep.store.images import open_image, read_image, to_rgb
+from model.decoder.cross_attention import VisualContext
 from model.generator.weights import PerceptualWeights
 from vlora.modeling import VLoRAForConditionalGeneration
 from vlora.processing import VLoRAProcessor, decode_data_uri
+
+Seen = PerceptualWeights | VisualContext
+"""What a model sees in images, in a form that is kept: see `VLoRAForConditionalGeneration.look`."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +116,10 @@ class Sources:
 
 
 class ImageCache:
-    """Weights of the images seen last, by content. Used by the model's thread alone.
+    """Weights (or features) of the images seen last, by content. Used by the model's thread alone.
 
     Args:
-        max_bytes: Of all factors A together.
+        max_bytes: Of all of them together.
 
     Attributes:
         hits, misses: Counted, for metrics.
@@ -123,33 +128,33 @@ class ImageCache:
     def __init__(self, max_bytes: int = 1 << 30) -> None:
         self.max_bytes = max_bytes
         self.bytes = self.hits = self.misses = 0
-        self._kept: OrderedDict[str, PerceptualWeights] = OrderedDict()
+        self._kept: OrderedDict[str, Seen] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def look(
         self, model: VLoRAForConditionalGeneration, each: Sequence[Sequence[SeenImage]]
-    ) -> list[PerceptualWeights | Tensor | None]:
+    ) -> list[Seen | Tensor | None]:
         """What the model needs of the images of several requests.
 
         Returns:
-            For each request the weights of its images, summed; for a connector that makes none, their pixels; None
-            without images.
+            For each request what the model sees in its images together; for a connector with visual tokens, their
+            pixels; None without images.
         """
-        if model.model.placement is None:
+        if model.model.connector.visual_tokens:
             dtype = next(model.encoder.parameters()).dtype
             pixels = [torch.cat([image.pixels for image in images]) if images else None for images in each]
             return [None if one is None else one.to(model.device, dtype) for one in pixels]
-        made = self._weights(model, [image for images in each for image in images])
-        summed: list[PerceptualWeights | Tensor | None] = []
+        made: dict[str, Any] = self._seen(model, [image for images in each for image in images])
+        summed: list[Seen | Tensor | None] = []
         for images in each:
             found = [made[image.key] for image in images]
             summed.append(functools.reduce(operator.add, found) if found else None)
         return summed
 
-    def _weights(self, model: VLoRAForConditionalGeneration, images: list[SeenImage]) -> dict[str, PerceptualWeights]:
-        """Weights of images by key; those that are not kept are made together."""
+    def _seen(self, model: VLoRAForConditionalGeneration, images: list[SeenImage]) -> dict[str, Seen]:
+        """What the model sees in each image, by key; those that are not kept are encoded together."""
         new = {image.key: image for image in images if image.key not in self._kept}
         self.misses += len(new)
         self.hits += len(images) - len(new)
@@ -157,18 +162,14 @@ class ImageCache:
         if new:
             views = torch.tensor([len(image.pixels) for image in new.values()])
             pixels = torch.cat([image.pixels for image in new.values()]).to(model.device)
-            made = model.perceive(pixels, torch.arange(len(new)).repeat_interleave(views), len(new))
-            found |= {key: made.select(torch.tensor([number])) for number, key in enumerate(new)}
-        for key, weights in found.items():
+            made = model.look(pixels, torch.arange(len(new)).repeat_interleave(views), len(new))
+            found |= {key: seen for key, seen in zip(new, made, strict=True) if seen is not None}
+        for key, seen in found.items():
             if key in new:
-                self._kept[key] = weights
-                self.bytes += _size(weights)
+                self._kept[key] = seen
+                self.bytes += seen.nbytes
             self._kept.move_to_end(key)
         while self.bytes > self.max_bytes and len(self._kept) > 1:
             _, oldest = self._kept.popitem(last=False)
-            self.bytes -= _size(oldest)
+            self.bytes -= oldest.nbytes
         return found
-
-
-def _size(weights: PerceptualWeights) -> int:
-    return sum(a.numel() * a.element_size() for a in weights.a.values())

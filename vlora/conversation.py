@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from data_prep.store.sample import Dialogue
+from model.decoder.cross_attention import VisualContext
 from model.deploy.merging import MergeReport
 from model.generator.weights import PerceptualWeights
 from vlora.streaming import AnswerStreamer
@@ -56,7 +57,7 @@ class Conversation:
         self.last_tokens = 0
         self._told: MergeReport | None = None
         self._images: list[Picture] = []
-        self._weights: PerceptualWeights | None = None
+        self._seen: PerceptualWeights | VisualContext | None = None
         self._pixels: torch.Tensor | None = None
         self._merged = ExitStack()
         self._cache: Any = None
@@ -72,7 +73,7 @@ class Conversation:
     @property
     def weights(self) -> PerceptualWeights | None:
         """Their weights, summed; none without images, and for connectors that make no weights."""
-        return self._weights
+        return self._seen if isinstance(self._seen, PerceptualWeights) else None
 
     def fresh_report(self) -> MergeReport | None:
         """`report`, once after every merge."""
@@ -88,9 +89,8 @@ class Conversation:
         """
         pixels = self.processor.image_processor(image)["pixel_values"].to(self.model.device)
         self._images.append(image)
-        if self.model.model.placement is not None:
-            weights = self.model.perceive(pixels)
-            self._set(weights if self._weights is None else self._weights + weights)
+        seen: Any = self.model.look(pixels)[0]
+        self._set(seen if self._seen is None else self._seen + seen)
         self._pixels = pixels if self._pixels is None else torch.cat([self._pixels, pixels])
         self._forget()
 
@@ -147,13 +147,16 @@ class Conversation:
         options["max_new_tokens"] += len(self.processor.text.answer_prefix)
         if self._kept(inputs["input_ids"], options):
             options["past_key_values"] = self._cache
-        elif self._weights is None and self._pixels is not None:  # visual tokens stand in the input itself
+        elif self._visual_tokens():  # visual tokens stand in the input itself
+            assert self._pixels is not None
             owners = torch.zeros(len(self._pixels), dtype=torch.int64)
             at = owners + (prompt.image_at or (0,))[0]
             inputs |= {"pixel_values": self._pixels, "image_to_row": owners, "image_at": at}
         self._begin_merge()
-        if self._weights is not None and not self.merge:
-            options["perceptual_weights"] = self._weights
+        if self.weights is not None and not self.merge:
+            options["perceptual_weights"] = self.weights
+        elif isinstance(self._seen, VisualContext):
+            options["visual_context"] = self._seen
         out = self.model.generate(**inputs, **options, return_dict_in_generate=True)
         ids = out.sequences[0]
         new = ids[inputs["input_ids"].shape[1] :]
@@ -198,16 +201,16 @@ class Conversation:
     def use_branch(self) -> None:
         """Take merged weights out of the model again, bit for bit, and run them beside it."""
         self.merge = False
-        self._set(self._weights)
+        self._set(self._seen)
 
-    def _set(self, weights: PerceptualWeights | None) -> None:
+    def _set(self, seen: PerceptualWeights | VisualContext | None) -> None:
         self._merged.close()
         self._merged, self.report = ExitStack(), None
-        self._weights = weights
+        self._seen = seen
 
     def _begin_merge(self) -> None:
-        if self.merge and self._weights is not None and self.report is None:
-            self.report = self._merged.enter_context(self.model.merged(self._weights))
+        if self.merge and self.weights is not None and self.report is None:
+            self.report = self._merged.enter_context(self.model.merged(self.weights))
 
     def _forget(self) -> None:
         self._cache = self._ids = None
@@ -227,4 +230,4 @@ class Conversation:
         return True
 
     def _visual_tokens(self) -> bool:
-        return self.model.model.placement is None and self._pixels is not None
+        return self._seen is None and self._pixels is not None

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from model.batch import Batch
 from model.connectors import Conditioning
-from model.decoder.cross_attention import looking_at
+from model.decoder.cross_attention import VisualContext
 from model.deploy.merging import MergeReport, merged
 from model.generator.weights import PerceptualWeights
 from model.loading import ModelError, fingerprint
@@ -49,7 +49,7 @@ class VLoRAForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values", "perceptual_weights"]
+    _skip_keys_device_placement = ["past_key_values", "perceptual_weights", "visual_context"]
 
     def __init__(self, config: VLoRAConfig, model: VisionLanguageModel | None = None) -> None:
         if model is None:
@@ -64,7 +64,9 @@ class VLoRAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.model = model
         self._merged = False
         self._paths: dict[str, str] = {}
+        self._card: str | None = None
         self._copies_parts = False  # in `push_to_hub`, which calls `save_pretrained` without options
+        self._pushing = False
         self.post_init()
 
     def init_weights(self) -> None:
@@ -124,6 +126,7 @@ class VLoRAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         for name, part in (("llm", built.llm), ("vision", model.encoder)):
             part.requires_grad_(parts[name].get("base") is not None)
         model._paths = paths
+        model._card = (folder / "README.md").read_text() if (folder / "README.md").is_file() else None
         model.to(_device(device_map)).eval()
         info: dict[str, list] = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
         return (model, info) if options.get("output_loading_info") else model  # type: ignore[return-value]
@@ -166,15 +169,17 @@ class VLoRAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             trained = any(p.requires_grad for p in part.parameters()) or record.get("base") is not None
             if standalone or trained or not record:
                 part.save_pretrained(folder / name, max_shard_size=max_shard_size)
-                base = record.get("base") or ({k: record[k] for k in record if k != "base"} or None)
+                base = dict(record.get("base") or {k: record[k] for k in record if k != "base"}) or None
                 found = fingerprint(str(folder / name))
                 parts[name] = {"path": name, "fingerprint": found, "base": base if trained else None}
+                if self._pushing and base and Path(base["path"]).expanduser().is_absolute():
+                    base["path"] = Path(base["path"]).name  # where it is on this machine is nobody's business
             elif Path(self._paths[name]).is_dir():
                 parts[name] = record | {"path": str(Path(self._paths[name]).resolve())}
         folders.write(folder, config, self.model.connector.state_dict(), None, self.generation_config)
 
     def push_to_hub(self, repo_id: str, *, standalone: bool | None = None, **options: Any) -> str:
-        """Send the model to the hub.
+        """Send the model to the hub, with the card of the folder that it was loaded from.
 
         Args:
             repo_id: Its name there.
@@ -182,11 +187,16 @@ class VLoRAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             options: As in transformers.
         """
         local = any(Path(path).is_dir() for path in self._paths.values())
-        self._copies_parts = local if standalone is None else standalone
+        self._copies_parts, self._pushing = local if standalone is None else standalone, True
         try:
             return super().push_to_hub(repo_id, **options)
         finally:
-            self._copies_parts = False
+            self._copies_parts = self._pushing = False
+
+    def _upload_modified_files(self, working_dir: str, *args: Any, **options: Any) -> Any:
+        if self._card is not None:  # in place of the empty one that transformers writes
+            (Path(working_dir) / "README.md").write_text(self._card)
+        return super()._upload_modified_files(working_dir, *args, **options)
 
     def perceive(self, pixel_values: Tensor, image_to_row: Tensor | None = None, rows: int = 1) -> PerceptualWeights:
         """Turn images into weights, once.
@@ -204,6 +214,28 @@ class VLoRAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         conditioning = self._condition(pixel_values, image_to_row, rows)
         assert conditioning.weights is not None
         return conditioning.weights
+
+    def look(
+        self, pixel_values: Tensor, image_to_row: Tensor | None = None, rows: int = 1
+    ) -> list[PerceptualWeights | VisualContext | None]:
+        """Images, encoded once: for each row what `forward` and `generate` take in place of their pixels.
+
+        Args:
+            pixel_values, image_to_row, rows: As for `perceive`.
+
+        Returns:
+            Weights or contexts; contexts can be added up and batched as weights can. None for a connector whose
+            visual tokens stand in the input: its images are encoded with the text.
+        """
+        if self.model.connector.visual_tokens:
+            return [None] * rows
+        made = self._condition(pixel_values, image_to_row, rows)
+        if made.weights is not None:
+            return [made.weights.select(torch.tensor([row], device=self.device)) for row in range(rows)]
+        assert made.context is not None
+        features = made.context.features
+        owners = torch.zeros(len(features)).long() if image_to_row is None else image_to_row.cpu()
+        return [VisualContext.of_row(features[(owners == row).to(features.device)]) for row in range(rows)]
 
     @contextmanager
     def merged(self, weights: PerceptualWeights, types: tuple[str, ...] | None = None) -> Iterator[MergeReport]:
@@ -239,6 +271,7 @@ class VLoRAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         image_to_row: Tensor | None = None,
         image_at: Tensor | None = None,
         perceptual_weights: PerceptualWeights | None = None,
+        visual_context: VisualContext | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         **options: Any,
@@ -254,6 +287,7 @@ class VLoRAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pixel_values, image_to_row, image_at: As `VLoRAProcessor` returns them.
             perceptual_weights: What `perceive` made earlier, in place of `pixel_values`; row i uses sample i, and a
                 single sample serves every row.
+            visual_context: What `look` made earlier, for connector `crossattn`.
             labels: int64 [R, L], -100 where there is no target; not shifted.
             use_cache: Return a cache.
 
@@ -268,10 +302,12 @@ class VLoRAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if pixel_values is not None:
             perceptual_weights, inputs = self._inputs(input_ids, attention_mask, pixel_values, (image_to_row, image_at))
             input_ids, inputs_embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-            options |= {name: inputs[name] for name in ("visual_context",) if name in inputs}
+            visual_context = inputs.get("visual_context")
             attention_mask, position_ids = inputs["attention_mask"], inputs["position_ids"]
         if perceptual_weights is not None:
             options["perceptual_weights"] = perceptual_weights
+        if visual_context is not None:
+            options["visual_context"] = visual_context
         out = self.model.llm(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -312,8 +348,8 @@ class VLoRAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if weights is not None:
             options["perceptual_weights"] = weights
         if "inputs_embeds" not in given:
-            with looking_at(self.model.llm, given.get("visual_context")):
-                return super().generate(ids, generation_config, attention_mask=mask, **options)
+            options |= {name: given[name] for name in ("visual_context",) if name in given}
+            return super().generate(ids, generation_config, attention_mask=mask, **options)
         embeds = {key: given[key] for key in ("inputs_embeds", "attention_mask")}
         out = super().generate(None, generation_config, **embeds, **options)
         whole = not isinstance(out, Tensor)

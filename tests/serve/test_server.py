@@ -274,14 +274,18 @@ def test_metrics_and_the_image_cache(loaded):
         assert service.batcher.alive
 
 
-def test_a_connector_with_visual_tokens_is_served_too(parts, tmp_path):
+@pytest.mark.parametrize("connector", ["mlp", "crossattn"])
+def test_other_connectors_are_served_too(parts, tmp_path, connector):
+    """Different images, several and none decoded together: each as asked alone."""
     from tests.vlora.conftest import make_folder
     from vlora import load
 
-    model = load(make_folder(parts, tmp_path / "m", "mlp"))
-    expected = [alone(model, [image], QUESTION)[0] for image in (RED, BLUE)]
+    model = load(make_folder(parts, tmp_path / "m", connector))
+    shown = ([RED], [BLUE], [], [RED, BLUE])
+    expected = [alone(model, images, QUESTION)[0] for images in shown]
+    assert len(set(expected)) > 1
     with running(model) as (_, address), ThreadPoolExecutor(4) as pool:
-        jobs = [pool.submit(ask, address, user(QUESTION, image)) for image in (RED, BLUE)]
+        jobs = [pool.submit(ask, address, user(QUESTION, *images)) for images in shown]
         assert [job.result().choices[0].message.content for job in jobs] == expected
         # Several images stand at their places in the text, as in a training row.
         part = {name: user("", image)["content"][0] for name, image in (("red", RED), ("blue", BLUE))}

@@ -42,6 +42,10 @@ def make_folder(
         for stack in model.connector.generator.stacks:
             for head in stack.heads.values():
                 torch.nn.init.normal_(head.weight, std=0.5)
+    if connector == "crossattn":
+        for block in model.connector.blocks:
+            torch.nn.init.constant_(block.gate, 2.0)
+            torch.nn.init.normal_(block.out.weight, std=1.0)
     records = {
         name: {"path": str(parts / name), "fingerprint": fingerprint(str(parts / name)), "base": None}
         for name in ("llm", "vision")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -113,8 +115,9 @@ def fresh(loaded, images, dialogue, question):
     return processor.answer(out[0, inputs["input_ids"].shape[1] :])
 
 
-@pytest.mark.parametrize("connector", ["vlora", "mlp"])
-@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize(
+    ("connector", "merge"), [("vlora", False), ("vlora", True), ("mlp", False), ("qformer", False), ("crossattn", True)]
+)
 def test_images_may_change_between_turns(parts, tmp_path, connector, merge):
     """Each answer is that of a conversation that begins anew with the images of now."""
     loaded = vlora.load(make_folder(parts, tmp_path / "m", connector))
@@ -215,3 +218,41 @@ def test_evaluation_may_merge(loaded):
     texts, report = merged_answers(model.model, batch, formats, 5)
     assert texts == answers(model.model, batch, formats, 5)
     assert report is not None and report.branches == ("m",)
+
+
+def test_200_mixed_prompts_get_the_same_text_in_every_mode(loaded):
+    """None, one or several images, first and later turns: with the kept cache, alone, in a batch, and merged."""
+    model, processor = loaded
+    pick = random.Random(0)
+    pictures = [square(tuple(pick.randrange(256) for _ in range(3))) for _ in range(6)]
+    sets = [[], *([picture] for picture in pictures), pictures[:2], pictures[2:5], pictures[1:]]
+    starts = ["what color is the", "is there a", "how many of the"]
+    nouns, turns, tokens = ["shape", "red circle", "picture", "large blue square there"], 4, 4
+    prompts, kept = [], []
+    for number in range(50):
+        images = sets[number % len(sets)]
+        with Conversation(*loaded, images=images) as talk:
+            for _ in range(turns):
+                question = f"{pick.choice(starts)} {pick.choice(nouns)}?"
+                dialogue = [*talk.dialogue, {"role": "user", "content": question}]
+                prompts.append((images, processor.text.encode_prompt(dialogue), talk.weights))
+                kept.append(talk.ask(question, max_new_tokens=tokens))
+    assert len(prompts) == 200 and len(set(kept)) > 50
+
+    def ask(chosen, held):
+        inputs = processor.batch([ids for _, ids, _ in chosen], [[] for _ in chosen])
+        budget = tokens + len(processor.text.answer_prefix)
+        out = model.generate(**inputs, perceptual_weights=held, max_new_tokens=budget)
+        return [processor.answer(row) for row in out[:, inputs["input_ids"].shape[1] :]]
+
+    some = range(3, 200, 5)  # every kind of turn and set
+    assert [ask([prompts[number]], prompts[number][2])[0] for number in some] == [kept[number] for number in some]
+    mixed = []
+    for start in range(0, 200, 25):
+        chosen = prompts[start : start + 25]
+        mixed += ask(chosen, PerceptualWeights.batch([held for _, _, held in chosen]))
+    assert mixed == kept
+    for images in sets[1:]:
+        numbers = [number for number, prompt in enumerate(prompts) if prompt[0] is images]
+        with model.merged(prompts[numbers[0]][2]):
+            assert ask([prompts[number] for number in numbers], None) == [kept[number] for number in numbers]

@@ -47,6 +47,7 @@ def inputs(processor, *conversations):
         {},
         {"connector": "mlp"},
         {"connector": "qformer"},
+        {"connector": "crossattn"},
         {"own_llm": True},
         {"dtype": "bfloat16"},
         {"own_llm": True, "dtype": "bfloat16"},
@@ -216,3 +217,55 @@ def test_imports_start_nothing_distributed_and_work_from_anywhere(trained, tmp_p
         text=True,
     )
     assert done.stdout.strip() == "torch.float32", done.stderr
+
+
+class _Hub:
+    """The hub's storage as a folder: what a commit adds is copied there."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def create_repo(self, repo_id, **_):
+        from huggingface_hub import RepoUrl
+
+        return RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def create_commit(self, operations, **_):
+        for operation in operations:
+            target = self.folder / operation.path_in_repo
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with operation.as_file() as stream:
+                target.write_bytes(stream.read())
+
+
+@pytest.mark.parametrize("own_llm", [False, True])
+def test_what_is_pushed_is_all_that_is_needed_and_nothing_of_this_machine(parts, tmp_path, monkeypatch, own_llm):
+    from huggingface_hub import ModelCard
+    from huggingface_hub.errors import EntryNotFoundError
+    from transformers.utils import hub
+
+    def absent(*_, **__):
+        raise EntryNotFoundError("no card yet")
+
+    monkeypatch.setattr(hub, "hf_api", lambda: _Hub(tmp_path / "hub"))
+    monkeypatch.setattr(ModelCard, "load", absent)
+    home = shutil.copytree(parts, tmp_path / "secret" / "parts")
+    folder = make_folder(home, tmp_path / "secret" / "model", own_llm=own_llm)
+    (folder / "README.md").write_text("# what it was trained on\n")
+    model, processor = vlora.load(folder)
+    processor.push_to_hub("someone/something")
+    model.push_to_hub("someone/something")
+    asked = inputs(processor, messages(RED), messages(RED, BLUE), messages())
+    expected = model.generate(**asked, max_new_tokens=6)
+    shutil.rmtree(tmp_path / "secret")
+
+    files = {str(f.relative_to(tmp_path / "hub")) for f in (tmp_path / "hub").rglob("*") if f.is_file()}
+    needed = {"config.json", "model.safetensors", "generation_config.json", "processor_config.json"}
+    needed |= {"tokenizer.json", "README.md", "llm/config.json", "llm/model.safetensors", "vision/model.safetensors"}
+    assert needed <= files and {Path(f).suffix for f in files} <= {".json", ".safetensors", ".jinja", ".md"}
+    for file in files:
+        assert str(tmp_path).encode() not in (tmp_path / "hub" / file).read_bytes(), file
+    assert (tmp_path / "hub/README.md").read_text() == "# what it was trained on\n"
+    again, reader = vlora.load(tmp_path / "hub")
+    asked = inputs(reader, messages(RED), messages(RED, BLUE), messages())
+    assert again.generate(**asked, max_new_tokens=6).equal(expected)
