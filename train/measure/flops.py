@@ -83,9 +83,13 @@ class FlopCounter:
     def prompt(self, text_tokens: int) -> float:
         """FLOPs of answering one prompt with an image up to its first new token: prefill, and the head once."""
         tokens = text_tokens + self._visual_tokens
+        return self.prefill(tokens) + self._connector + self._delta * tokens
+
+    def prefill(self, tokens: int) -> float:
+        """FLOPs of the language model alone, deltas left out, for the first new token after so many."""
         linear = 2.0 * sum(linear for linear, _ in self._linear) * tokens
         attention = 4.0 * tokens**2 * self._attention_width * len(self._linear)
-        return linear + attention + 2.0 * self._head + self._connector + self._delta * tokens
+        return linear + attention + 2.0 * self._head
 
 
 def first_layer_with_a_graph(model: VisionLanguageModel) -> int:
