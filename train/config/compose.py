@@ -6,7 +6,7 @@ Workers read the resolved file and know no Hydra.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -84,12 +84,24 @@ def read(path: Path, llm: MovedTo | None = None, vision: MovedTo | None = None) 
     if "${" in text:  # what `save` writes is resolved; this would read the environment of whoever runs it
         raise DamagedFile(f"{path} refers to something outside it (${{...}}), which this program writes not; {remedy}")
     try:
-        config = resolve(options.load_yaml(text))
+        config = resolve(_renamed(options.load_yaml(text)))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     config.llm.path = (llm and llm.path) or config.llm.path
     config.vision.path = (vision and vision.path) or config.vision.path
     return config
+
+
+def _renamed(tree: Any) -> Any:
+    """A run's configuration with today's names for the keys of release 0.1.0, all others of which are still there."""
+    if not isinstance(tree, DictConfig):
+        return tree
+    tracking, evaluation = tree.get("tracking"), tree.get("evaluation")
+    if isinstance(tracking, DictConfig) and isinstance(evaluation, DictConfig) and "samples_every" in tracking:
+        every = tracking.pop("samples_every")
+        if OmegaConf.select(tree, "data.val"):  # without it, it was taken and did nothing
+            evaluation.setdefault("every", every)
+    return tree
 
 
 def load(path: Path, llm: MovedTo | None = None, vision: MovedTo | None = None) -> RunConfig:

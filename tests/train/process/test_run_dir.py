@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -150,3 +151,8 @@ def test_a_configuration_without_its_checksum_is_cut_unless_the_run_is_older_tha
     del record["checksum"]  # as release 0.1.0 wrote it
     (run / "run.json").write_text(json.dumps(record))
     assert configuration.read(file).stage.steps == 10
+    old = file.read_text().replace("  log_every:", "  samples_every: 7\n  log_every:")  # its name of evaluation.every
+    file.write_text(re.sub(r"(?m)^evaluation:\n  every: .*\n", "evaluation:\n", old))
+    assert configuration.read(file).evaluation.every is None
+    file.write_text(re.sub(r"(?m)^  val: .*$", "  val: squares/val", file.read_text()))
+    assert configuration.read(file).evaluation.every == 7
