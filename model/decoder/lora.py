@@ -94,7 +94,7 @@ def save_adapters(llm: nn.Module, tensors: dict[str, Tensor], base: str, folder:
         if ".lora_" in name
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1, default=sorted) + "\n")
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1, default=sorted) + "\n", encoding="utf-8")
     save_file(found, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     share(folder)
 

@@ -41,8 +41,10 @@ def beat() -> None:
 
 def record_nccl(run_dir: Path) -> None:
     """Have NCCL remember its last collectives. Before the process group is made; what the user has set stays."""
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-    os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")  # the name before torch 2.10
+    import torch
+
+    renamed = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)  # and warns of the old name
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE" if renamed else "TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(RunDir(run_dir).hang / "nccl-timeout-rank-"))
 
