@@ -94,9 +94,13 @@ def lowrank_linear_group(
 
 
 def with_delta(y: Tensor, x: Tensor, joined: Joined) -> Tensor:
-    """`y + scale * (x A) B` for y [R, L, d_out] that something else made of x [R, L, d_in] that `joined.fits`."""
+    """`y + scale * (x A) B` for y [R, L, d_out] that something else made of x [R, L, d_in] that `joined.fits`.
+
+    In place: y is nobody else's, and not x.
+    """
     (z,), (b,) = _shrunk(x, joined), joined.b
-    return torch.add(y, (z @ b).view(y.shape), alpha=joined.scale).to(y.dtype)
+    delta = (z @ b).view(y.shape)
+    return y.add_(delta, alpha=joined.scale)
 
 
 def _shrunk(x: Tensor, joined: Joined) -> tuple[Tensor, ...]:
