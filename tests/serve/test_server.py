@@ -301,3 +301,34 @@ def test_other_connectors_are_served_too(parts, tmp_path, connector):
             assert answer == model[1].answer(out[0, prompt["input_ids"].shape[1] :])
         assert len(answers) == 2
         assert httpx.post(f"{address}/vlora/map", json={"image": uri(RED)}).status_code == 400
+
+
+@pytest.mark.parametrize("connector", ["vlora", "mlp"])
+def test_prompts_that_are_read_together_are_answered_as_alone(parts, tmp_path, connector):
+    """Rows of unlike length, with images and without; what fails, fails alone."""
+    from serve.batcher import Batcher, Request
+    from serve.images import ImageCache, Sources
+    from tests.vlora.conftest import make_folder
+    from vlora import load
+
+    model, processor = loaded = load(make_folder(parts, tmp_path / "m", connector))
+    asked = [([RED], QUESTION), ([], QUESTION), ([BLUE, RED], "is there a blue shape?"), ([BLUE], "yes? " * 12)]
+    expected = [alone(loaded, images, question)[0] for images, question in asked]
+    batcher = Batcher(model, processor, ImageCache())
+    batcher.close()  # what its thread does is done here
+    told: dict[int, list] = {number: [] for number in range(5)}
+
+    def request(number, ids, images=(), image_at=()):
+        seen = [Sources().see(uri(image), processor) for image in images]
+        longest = 8 + len(processor.text.answer_prefix)
+        return Request(ids, seen, longest, lambda *said: told[number].append(said), image_at=image_at)
+
+    works = []
+    for number, (images, question) in enumerate(asked):
+        prompt = processor.text.prompt([{"role": "user", "content": question}], len(images))
+        works.append(request(number, prompt.input_ids, images, prompt.image_at))
+    batcher._admit([*works, request(4, [10**6])])
+    while batcher.active:
+        batcher._step()
+    assert ["".join(piece for piece, _ in told[n]).strip() for n in range(4)] == expected
+    assert told[4] == [("", "error: IndexError")]

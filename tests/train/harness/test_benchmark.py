@@ -16,11 +16,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import wandb
 from PIL import Image
 
 from common.errors import ConfigError, UserError
 from data_prep.store.sample import Sample
 from data_prep.store.writer import write_split
+from tests.slurm import offline_wandb
 from tests.train import world
 from tests.train.harness.runs import make_run
 from train import benchmark
@@ -210,7 +212,7 @@ def test_a_process_ends_when_its_owner_is_killed(tmp_path):
     assert gone(pid)
 
 
-def test_scores_for_the_paper_s_tables_are_of_whole_benchmarks(tmp_path, capsys):
+def test_scores_for_the_paper_s_tables_and_the_runs_wandb_page_are_of_whole_benchmarks(tmp_path, capsys):
     parts = world.make(tmp_path / "world")
     run = make_run(parts, tmp_path / "run")
     config = configuration.load(RunDir(run).config)
@@ -219,7 +221,17 @@ def test_scores_for_the_paper_s_tables_are_of_whole_benchmarks(tmp_path, capsys)
     whole, part = Job("gqa", catalogue.load("gqa")), Job("pope", catalogue.load("pope"), limit=4)
     for job in (whole, part, Job("gqa", catalogue.load("gqa"), "none")):
         results.keep(job, jobs.record_of(job, dict.fromkeys(job.benchmark.metric, 0.5), 4, 1.0), None)
+    config.tracking.wandb = "offline"
     benchmark.report(run, results, [part], config)
     found = json.loads((RunDir(run).evaluation / "benchmarks.json").read_text())
     assert found["scores"] == {"GQA": 50.0} and len(found["results"]) == 3
-    assert capsys.readouterr().out.strip() == (RunDir(run).evaluation / "benchmarks.md").read_text().strip()
+    assert (RunDir(run).evaluation / "benchmarks.md").read_text() in capsys.readouterr().out
+    wandb.teardown()  # its service writes the last records just behind `finish`
+    (page,) = offline_wandb.read(run)
+    (row,) = [row for row in page.rows if "benchmarks.nrows" in row]
+    assert page.id == "harness"
+    assert {key: value for key, value in row.items() if key.startswith("benchmark/")} == {
+        "benchmark/gqa/own": 50.0,
+        "benchmark/gqa/none": 50.0,
+    }
+    assert row["benchmarks.nrows"] == 3

@@ -17,7 +17,7 @@ import pytest
 
 from common.errors import UserError
 from tests.train import world
-from tests.train.harness import miniatures
+from tests.train.harness import hub, miniatures
 from tests.train.harness.runs import make_run, plant
 from train import config as configuration
 from train.benchmark import split_job
@@ -53,11 +53,11 @@ def ask(folder: Path, names: list[str], client: str) -> tuple[dict[str, Benchmar
     jobs.write_tasks(folder / "tasks", ENVIRONMENT, benchmarks)
     tasks = ",".join(f"vlora_{name}" for name in benchmarks)
     with miniatures.planted() as (address, asked):
-        command = [str(ENVIRONMENT.python), "-m", "lmms_eval", "--model", client, "--model_args"]
-        command += ["model_version=m,max_retries=1", "--tasks", tasks, "--include_path", str(folder / "tasks")]
-        command += ["--output_path", str(folder / "out"), "--log_samples", "--batch_size", "1"]
+        line = [str(ENVIRONMENT.python), "-m", "lmms_eval", "--model", client, "--model_args"]
+        line += ["model_version=m,max_retries=1", "--tasks", tasks, "--include_path", str(folder / "tasks")]
+        line += ["--output_path", str(folder / "out"), "--log_samples", "--batch_size", "1"]
         variables = ENVIRONMENT.variables(folder / "tasks", offline=True) | {"OPENAI_API_BASE": address}
-        with Process(command, variables, folder / "log") as process:
+        with Process(line, variables, folder / "log") as process:
             assert process.popen.wait(300) == 0, (folder / "log").read_text()[-3000:]
     return benchmarks, asked
 
@@ -95,7 +95,7 @@ def test_a_split_scores_as_train_evaluate_does(tmp_path, connector):
     evaluate(run, "split=planted")
     ours = json.loads((run / "evaluation/planted-real.json").read_text())["accuracy"]["overall"]["percent"]
     assert 30 < ours < 70
-    done = benchmark(run, "split=planted", "images=own,none")
+    done = command(f"run={run}", "split=planted", "images=own,none")
     assert done.returncode == 0, done.stderr
     results = json.loads((run / "evaluation/benchmarks.json").read_text())
     scores = {one["images"]: one["score"] for one in results["results"]}
@@ -108,7 +108,7 @@ def test_a_split_scores_as_train_evaluate_does(tmp_path, connector):
     # Killed before one was finished: that one alone is run again, now by lmms-eval's own ranks.
     kept = (folder / "split_planted-none.json").stat().st_mtime_ns
     (folder / "split_planted-own.json").unlink()
-    done = benchmark(run, "split=planted", "images=own,none", "ranks=2")
+    done = command(f"run={run}", "split=planted", "images=own,none", "ranks=2")
     assert "1 of 2 tasks are finished" in done.stdout, done.stderr
     assert (folder / "split_planted-none.json").stat().st_mtime_ns == kept
     results = {one["images"]: one for one in json.loads((run / "evaluation/benchmarks.json").read_text())["results"]}
@@ -147,19 +147,40 @@ def test_given_answers_are_weighed_as_in_training(tmp_path):
             print("weighed", len(found))
     """)
     (tmp_path / "weigh.py").write_text(script)
-    command = [str(ENVIRONMENT.python), str(tmp_path / "weigh.py"), *map(str, runs)]
+    line = [str(ENVIRONMENT.python), str(tmp_path / "weigh.py"), *map(str, runs)]
     variables = ENVIRONMENT.variables(tmp_path / "tasks", offline=True)
-    done = subprocess.run(command, env=variables, text=True, capture_output=True)
+    done = subprocess.run(line, env=variables, text=True, capture_output=True)
     assert done.stdout.count("weighed 5") == 2, done.stderr[-3000:]
+
+
+def test_data_are_fetched_on_a_login_node_and_missing_ones_named_before_a_job(tmp_path):
+    """Against a hub on this machine: POPE is there, MME is not."""
+    run = make_run(world.make(tmp_path / "world"), tmp_path / "run")
+    miniatures.write(tmp_path / "data")
+    there = {"data/test-00000-of-00001.parquet": tmp_path / "data/pope.parquet"}
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "none", "VLORA_CACHE": str(tmp_path / "cache")}
+    with hub.serving({"lmms-lab-encoder/POPE": there}) as address:
+        fetched = command("tasks=pope,mme", "fetch=true", **home, HF_ENDPOINT=address)
+    assert fetched.returncode == 2 and "pope: is there" in fetched.stdout, fetched.stderr
+    assert "mme: DatasetNotFoundError: Dataset 'lmms-lab-encoder/MME' doesn't exist on the Hub" in fetched.stdout
+    # The hub has gone: where jobs run there is none.
+    refused = command(f"run={run}", "tasks=pope,mme", **home)
+    assert refused.returncode == 2 and refused.stderr.splitlines()[-1] == (
+        f"error: the data of mme are not in {home['HF_HOME']}; on a machine with internet that shares it: "
+        "python -m train.benchmark tasks=mme fetch=true"
+    )
+    assert not (run / "evaluation/benchmarks/logs").exists()  # no server was started
+    done = command(f"run={run}", "tasks=pope", **home)
+    assert done.returncode == 0 and "pope-own:" in done.stdout and "(4 questions)" in done.stdout, done.stderr
 
 
 def evaluate(run: Path, *words: str) -> None:
     subprocess.run([sys.executable, "-m", "train.evaluate", f"run={run}", *words], cwd=world.ROOT, check=True)
 
 
-def benchmark(run: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "train.benchmark", f"run={run}", *words]
-    return subprocess.run(command, cwd=world.ROOT, text=True, capture_output=True)
+def command(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "train.benchmark", *words]
+    return subprocess.run(line, cwd=world.ROOT, env=os.environ | variables, text=True, capture_output=True)
 
 
 def predictions(run: Path, name: str) -> list[dict]:
