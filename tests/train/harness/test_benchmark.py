@@ -89,6 +89,10 @@ def test_a_result_is_that_of_one_export_and_its_settings(tmp_path):
     record = jobs.record_of(job, {"mme_perception_score": 1300.0, "mme_cognition_score": 200.0}, 10, 1.0)
     results.keep(job, record, None)
     assert results.find(job)["score"] == 1300.0
+    share = replace(catalogue.load("gqa"), metric=["right"], scale=100.0)
+    assert (
+        jobs.record_of(Job("gqa", share), {"right": 427 / 500}, 500, 1.0)["score"] == 85.4
+    )  # as train.evaluate has it
     assert results.find(replace(job, limit=5)) is None and results.find(replace(job, images="none")) is None
     assert results.find(replace(job, benchmark=replace(job.benchmark, max_tokens=7))) is None
     (tmp_path / "export/checksums.json").write_text('{"model.safetensors": 2}')
