@@ -126,7 +126,6 @@ def split_job(config: RunConfig, split: str, folder: Path, images: str, limit: i
         split=split,
         metric=["right"],
         max_tokens=config.evaluation.max_new_tokens,
-        scale=100.0,
         note="prepared by us, scored as train.evaluate scores it",
         overrides={"questions": checksum(folder / f"{name}.parquet")},
     )

@@ -230,8 +230,7 @@ def record_of(job: Job, metrics: dict[str, float], count: int, seconds: float, b
         "benchmark": one.title,
         "name": job.name,
         "images": job.images,
-        # 100 x 0.854 is 85.4: what multiplying adds is no score.
-        "score": round(one.scale * sum(metrics[metric] for metric in one.metric) / len(one.metric), 9),
+        "score": one.scale * sum(metrics[metric] for metric in one.metric) / len(one.metric),
         "metric": one.metric,
         "metrics": metrics,
         "questions": count,

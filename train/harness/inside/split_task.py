@@ -49,8 +49,8 @@ def doc_to_messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """The points of one answer, 0 to 1."""
+    """The points of one answer, 0 to 100: their mean has the rounding of `train.evaluate`."""
     reference = json.loads(doc["reference"])
     scoring = _scoring()
     question = scoring.Question.of(doc["sample"], doc_to_text(doc), doc["answer"], reference)
-    return {"right": scoring.score(question, results[0])}
+    return {"right": 100 * scoring.score(question, results[0])}
