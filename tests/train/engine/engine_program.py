@@ -20,6 +20,7 @@ from torch import nn
 from common.errors import UserError
 from common.files import read_json
 from model.batch import Batch
+from model.config import LoRAConfig
 from model.decoder import loss
 from model.generator.placement import decoder_layers
 from tests.model import parts
@@ -152,19 +153,28 @@ TRAJECTORIES = {
     "by_tokens": ("finetune", {}),
     "reduced_in_bf16": ("finetune", {**DEMO, "reduce_dtype": "bf16"}),
     "compiled": ("finetune", {"zero_stage": 2, "compile": "aot_eager"}),
+    "lora": ("finetune", {"pack_tokens": 10, "gradient_checkpointing": True}),
+    "lora_kept_whole": ("finetune", DEMO),
+    "lora_compiled": ("finetune", {"zero_stage": 2, "compile": "aot_eager"}),
 }  # fmt: skip
+OFFLOADED = {"offloaded": ("finetune", {}), "lora_offloaded": ("finetune", DEMO)}
 
 
-def trajectories(results: dict) -> None:
+def trajectories(results: dict, cases: dict = TRAJECTORIES) -> None:
     """Three AdamW steps, image - text only - image, with clipping and accumulation, against plain torch."""
-    for name, (stage, settings) in TRAJECTORIES.items():
+    for name, (stage, settings) in cases.items():
         micro_steps = 4 // WORLD // 2 if WORLD == 1 else 2
         reference = parts.build(parts.config())
         model, config = copy.deepcopy(reference), configuration(stage, clip=0.5)
         config.optim.schedule, config.optim.warmup_ratio = "constant", 0.0
+        if name in OFFLOADED:
+            offload(config)
         for key, value in settings.items():
             setattr(model if key == "pack_tokens" else config.engine, key, value)
+        if name.startswith("lora"):
+            config.stage.train.llm, config.stage.lora = "lora", LoRAConfig(rank=4)
         for m in (reference, model):
+            torch.manual_seed(0)  # of the adapters
             freeze(m, config.stage)
         reference.train()
         trained = [p for p in reference.parameters() if p.requires_grad]
@@ -254,12 +264,14 @@ class _Sometimes(nn.Module):
         return self.llm(self.connector(x) if used else x).sum()
 
 
-def stale_gradients(results: dict) -> None:
+def stale_gradients(results: dict, offloaded: bool = False) -> None:
     """A parameter that takes no part in a step must not get an earlier step's gradient again."""
     torch.manual_seed(0)
     reference = _Sometimes()
     model, config = copy.deepcopy(reference), configuration("finetune")
     config.optim.schedule, config.optim.warmup_ratio, config.optim.betas = "constant", 0.0, [0.0, 0.999]
+    if offloaded:
+        offload(config)
     optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-2, betas=(0.0, 0.999), weight_decay=0.0)
     engine = Engine(model, config, total_steps=10, accumulation=1)
     for seed, used in enumerate([True, False, True, False]):
@@ -277,8 +289,10 @@ def stale_gradients(results: dict) -> None:
     end(engine)
 
 
-def nan_steps(results: dict) -> None:
+def nan_steps(results: dict, offloaded: bool = False) -> None:
     model, config = parts.build(parts.config()), configuration("pretrain")
+    if offloaded:
+        offload(config)
     config.engine.max_skipped_steps = 2
     freeze(model, config.stage)
     engine = Engine(model, config, total_steps=10, accumulation=1)
@@ -344,14 +358,26 @@ def evaluation_first(results: dict) -> None:
             end(engine)
 
 
-def checkpoints_load(results: dict) -> None:
+CHECKPOINTS = [
+    *itertools.product(["bf16"], (1, 2, 3), ["frozen"]),
+    *itertools.product(["fp32"], range(4), ["frozen"]),
+    ("bf16", 3, "lora"),
+    ("fp32", 2, "lora"),
+]
+"""Precision, ZeRO stage, what else."""
+
+
+def checkpoints_load(results: dict, cases: list = CHECKPOINTS) -> None:
     """What is saved is loaded weights-only, in every ZeRO stage and precision: the next steps are the same."""
     folder = Path(distributed.gather(tempfile.mkdtemp())[0])
-    for precision, stage in [("bf16", 1), ("bf16", 2), ("bf16", 3), *itertools.product(["fp32"], range(4))]:
-        losses, run = [], folder / f"{precision}-{stage}"
+    for precision, stage, how in cases:
+        losses, run = [], folder / f"{precision}-{stage}-{how}"
         for first in (True, False):
             model, config = parts.build(parts.config()), configuration("pretrain")
             config.engine.precision, config.engine.zero_stage = precision, stage
+            config.stage.train.llm = "lora" if how == "lora" else False
+            if how == "offloaded":
+                offload(config)
             for part_of_it in (model.vision, model.connector, model.llm):
                 part_of_it.to(torch.bfloat16 if precision == "bf16" else torch.float32)
             freeze(model, config.stage)
@@ -367,7 +393,7 @@ def checkpoints_load(results: dict) -> None:
             with torch.no_grad():
                 losses.append(engine.forward(batch).loss_sum.item())
             end(engine)
-        results[f"checkpoint/{precision}/{stage}"] = abs(losses[0] - losses[1])
+        results[f"checkpoint/{precision}/{stage}/{how}"] = abs(losses[0] - losses[1])
     distributed.barrier()
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -434,7 +460,7 @@ def checkpoints_in_the_background(results: dict) -> None:
             weights[-1].append(masters(engine))
             moved.append(not same(before, masters(engine)))
             assert checkpoint.find(run).name == "step-000001"
-            engine.deepspeed.destroy()
+            end(engine)
         results[name] = {"same": same(*weights), "published": published, "moved": moved}
     distributed.barrier()
     shutil.rmtree(folder, ignore_errors=True)
@@ -458,16 +484,28 @@ def same(a, b) -> bool:
     return same(vars(a), vars(b)) if hasattr(a, "__dict__") and not isinstance(a, type) else a == b
 
 
+def offload(config: RunConfig) -> None:
+    config.engine.offload_optimizer, config.optim.name = True, "deepspeed_cpu_adam"
+
+
+def offloaded(results: dict) -> None:
+    trajectories(results, OFFLOADED)
+    stale_gradients(results, offloaded=True)
+    nan_steps(results, offloaded=True)
+    checkpoints_load(results, [("bf16", 3, "offloaded"), ("fp32", 2, "offloaded")])
+
+
 def main() -> None:
     gc.freeze()  # nor at what was imported
     results: dict = {"world": WORLD}
     cases = (
         gradient_equality, trajectories, frozen_parts_stay, graph_start, graph_start_with_checkpointing,
         stale_gradients, nan_steps, evaluation_first, checkpoints_load,
-        what_one_rank_sees_all_refuse, checkpoints_in_the_background,
+        what_one_rank_sees_all_refuse, checkpoints_in_the_background, offloaded,
     )  # fmt: skip
+    named = [case.__name__ for case in cases if case is not offloaded]  # which compiles DeepSpeed's optimizer
     for case in cases:
-        if sys.argv[1:] and case.__name__ not in sys.argv[1:]:  # named on the command line: only those
+        if case.__name__ not in (sys.argv[1:] or named):  # named on the command line: only those
             continue
         case(results)
     if RANK == 0:

@@ -11,12 +11,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1-rank", "2-ranks"])
-def results(request) -> dict:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request.param}"]
+def run_program(ranks: int, *cases: str) -> dict:
+    """What `engine_program` found on so many ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "-m", "tests.train.engine.engine_program"],
+        [*command, "-m", "tests.train.engine.engine_program", *cases],
         env=environment,
         cwd=ROOT,
         capture_output=True,
@@ -28,6 +28,11 @@ def results(request) -> dict:
     return json.loads(lines[0].split("RESULTS ", 1)[1])
 
 
+@pytest.fixture(scope="module", params=[1, 2], ids=["1-rank", "2-ranks"])
+def results(request) -> dict:
+    return run_program(request.param)
+
+
 def test_gradients_equal_plain_torch(results):
     """Both stages, with and without checkpointing, mixed, one rank without images, no image at all, image norm."""
     cases = {name: value for name, value in results.items() if name.startswith(("pretrain/", "finetune/"))}
@@ -35,7 +40,13 @@ def test_gradients_equal_plain_torch(results):
     assert {name: value for name, value in cases.items() if not value < 1e-5} == {}
 
 
-@pytest.mark.parametrize("name", ["partitioned", "kept_whole", "frozen_kept_whole", "packed", "by_tokens", "compiled"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "partitioned", "kept_whole", "frozen_kept_whole", "packed", "by_tokens", "compiled",
+        "lora", "lora_kept_whole", "lora_compiled",
+    ],
+)  # fmt: skip
 def test_three_steps_with_accumulation_and_clipping_equal_plain_torch(results, name):
     assert results[f"trajectory/{name}/grad_norm"] < 1e-5
     assert results[f"trajectory/{name}/weights"] < 2e-5
@@ -79,7 +90,7 @@ def test_any_use_may_come_first(results):
 
 def test_a_checkpoint_loads_weights_only_in_every_stage_and_precision(results):
     cases = {name: value for name, value in results.items() if name.startswith("checkpoint/")}
-    assert len(cases) == 7 and set(cases.values()) == {0.0}, cases
+    assert len(cases) == 9 and set(cases.values()) == {0.0}, cases
 
 
 def test_what_one_rank_refuses_all_refuse_with_the_same_words(results):
