@@ -147,7 +147,8 @@ def _imported() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     # The last one is what DeepSpeed imports when an engine is made: all of torch's compiler, half of a start.
     compiler = "deepspeed.runtime.zero.muon.muon_optimizer"
-    context.set_forkserver_preload(["train.__main__", "train.engine.stage", "train.evaluate", compiler])
+    # And this file, which every process imports to find `_run`.
+    context.set_forkserver_preload(["train.__main__", "train.engine.stage", "train.evaluate", compiler, __name__])
     with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # read when torch is imported
         multiprocessing.forkserver.ensure_running()
     return context
