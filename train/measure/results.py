@@ -229,8 +229,14 @@ def reading(right: Accuracy, controls: dict[str, Accuracy | None]) -> str:
 
 
 def stage_figures(run: Path) -> dict[str, Any]:
-    """Speed and size of one stage, from its metrics: medians over the steps after the first two (warm-up)."""
+    """Speed and size of one stage, from its metrics: medians over the steps after the first two (warm-up).
+
+    Raises:
+        DamagedFile: there are none, or they are not what was written.
+    """
     records = [record for record in read_metrics(run) if "loss" in record]
+    if not records:
+        raise DamagedFile(f"{RunDir(run).metrics} is missing or holds no step: there is nothing to report of {run}")
     steady = records[2:] or records
     system = [r for r in records if "memory/host_gib" in r]
 

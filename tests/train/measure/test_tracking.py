@@ -10,6 +10,7 @@ import pytest
 
 from common.files import DamagedFile, sealed_json
 from train.config import RunConfig, TrackingConfig
+from train.measure.results import stage_figures
 from train.measure.tracking import Tracker, read_metrics
 
 STEPS = 6
@@ -81,3 +82,8 @@ def test_records_of_the_first_release_have_no_checksum(run: Path) -> None:
     file.write_text("".join([*bare[:-1], sealed_json({"step": STEPS, "loss": 1.0})]))
     with pytest.raises(DamagedFile, match="line 1,"):
         read_metrics(run)
+
+
+def test_figures_of_a_run_without_records_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DamagedFile, match=r"metrics\.jsonl is missing or holds no step"):
+        stage_figures(tmp_path)
