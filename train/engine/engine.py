@@ -254,7 +254,11 @@ class Engine:
             loss_sum: Summed loss of this micro-batch on this rank.
             total_targets: Targets of the whole step: all micro-batches, all ranks.
         """
-        # DeepSpeed divides by the micro-steps and averages over ranks.
+        # DeepSpeed 0.19.8 tells its optimizer only after the backward pass whether it was the step's last one. What was
+        # reduced during it, bucket by bucket, would go to an offloaded optimizer one micro-step late.
+        if hasattr(self._ds.optimizer, "set_gradient_accumulation_boundary"):
+            self._ds.optimizer.set_gradient_accumulation_boundary(self._ds.is_gradient_accumulation_boundary())
+        # It divides by the micro-steps and averages over ranks.
         self._ds.backward(loss_sum * (self.world_size * self.accumulation / total_targets))
 
     def micro_step(self) -> None:
