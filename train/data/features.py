@@ -213,7 +213,10 @@ def _copy_part(working: Path, earlier: list[str], keys: np.ndarray, rank: int, w
     features, checksums = _shared(working)
     left = np.ones(len(keys), dtype=bool)
     for name in earlier:
-        cache = FeatureCache(working.parent / name)
+        try:
+            cache = FeatureCache(working.parent / name)
+        except DamagedFile as error:  # what another rank has found a moment ago
+            raise DataError(f"a feature cache is damaged: {error}; start the run again, which leaves it out") from error
         there = np.flatnonzero(left & cache.has(keys))
         left[there] = False
         for at in there[len(there) * rank // world_size : len(there) * (rank + 1) // world_size]:

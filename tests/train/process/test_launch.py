@@ -47,6 +47,6 @@ def test_a_rank_that_fails_is_told_once_and_leaves_nothing(run, message, said, t
     config = RunConfig()
     config.launch.workers = 2
     with pytest.raises(UserError, match=message):
-        launch.local(config, tmp_path / "run")
+        launch.run(config, tmp_path / "run")
     assert capsys.readouterr().err.count("Traceback") == bool(said)
     assert [*(tmp_path / "tmp").iterdir(), *(tmp_path / "run").iterdir()] == []
