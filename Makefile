@@ -98,11 +98,12 @@ check: $(VENV)/.installed         ## lint, format and types: what must pass befo
 clean:                            ## remove the environment, caches and outputs
 	rm -rf $(VENV) $(LOW) .gpu-wheels wheelhouse .cache .pytest_cache .ruff_cache .mypy_cache outputs multirun
 
-# torch first: DeepSpeed's build looks for it.
+# torch first: DeepSpeed's build looks for it. checkout.pth: `python -m train` works from every folder.
 $(VENV)/.installed: requirements.txt requirements-dev.txt requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile -c requirements.lock torch
 	$(BIN)/pip install --quiet --no-compile -c requirements.lock -r requirements-dev.txt
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" | xargs -I{} sh -c 'echo "$(CURDIR)" > {}/checkout.pth'
 	touch $@
 
 # The kernels' proofs need Triton, which a CUDA build of torch brings along and a CPU build does not.

@@ -98,7 +98,7 @@ def training(config: RunConfig, record: dict[str, Any], facts: dict[str, Any]) -
     rows = [
         ("stage", f"{config.stage.name}, trained: {trained}"),
         ("started from", str(config.init_from or "the pretrained parts")),
-        ("steps", f"{facts.get('total_steps', config.stage.steps)} of {config.data.batch_size} samples"),
+        ("steps", f"{facts.get('total_steps', config.stage.steps)}, of {config.data.batch_size} samples each"),
         ("learning rates", f"{rates}; {config.optim.schedule}"),
         ("precision", f"{config.engine.precision}, ZeRO stage {config.engine.zero_stage}"),
         ("parameters", f"{facts.get('parameters', {}).get('total', 0):,}"),
