@@ -103,7 +103,7 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile -c requirements.lock torch
 	$(BIN)/pip install --quiet --no-compile -c requirements.lock -r requirements-dev.txt
-	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" | xargs -I{} sh -c 'echo "$(CURDIR)" > {}/checkout.pth'
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" | xargs -I{} sh -c 'echo "$(CURDIR)" > "{}/checkout.pth"'
 	touch $@
 
 # The kernels' proofs need Triton, which a CUDA build of torch brings along and a CPU build does not.
