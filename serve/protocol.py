@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_prep.store.sample import Dialogue
-from data_prep.text.dialogues import join_parts, says_where
+from data_prep.text.dialogues import from_parts, text_of
 
 _UNSUPPORTED = {
     "n": (None, 1),
@@ -133,13 +133,12 @@ def _stop(value: Any) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _messages(value: Any, limits: Limits) -> tuple[list[dict[str, str]], list[str]]:
+def _messages(value: Any, limits: Limits) -> tuple[Dialogue, list[str]]:
     if not isinstance(value, list) or not value:
         raise BadRequest("messages is a list of at least one message", "messages")
     if len(value) > limits.messages:
         raise BadRequest(f"at most {limits.messages} messages are taken", "messages")
-    dialogue: Dialogue = []
-    placed: Dialogue = []
+    said: list[tuple[str, list[str | None]]] = []
     images: list[str] = []
     for number, message in enumerate(value):
         where = f"messages[{number}]"
@@ -152,15 +151,14 @@ def _messages(value: Any, limits: Limits) -> tuple[list[dict[str, str]], list[st
         if found and role != "user":
             raise BadRequest(f"{where}: images stand in a user's message", where)
         images += found
-        for turns, text in zip((dialogue, placed), join_parts(parts), strict=True):
-            turns.append({"role": role, "content": text})
-    if dialogue[-1]["role"] != "user":
+        said.append((role, parts))
+    if said[-1][0] != "user":
         raise BadRequest("the last message is the user's", "messages")
     if len(images) > limits.images:
         raise BadRequest(f"{len(images)} images; at most {limits.images} are taken", "messages")
-    if sum(len(turn["content"]) for turn in dialogue) > limits.text:
+    if sum(len(text_of(parts)) for _, parts in said) > limits.text:
         raise BadRequest(f"more than {limits.text} characters of text", "messages")
-    return (placed if says_where(placed, len(images)) else dialogue), images
+    return from_parts(said), images
 
 
 def _content(content: Any, where: str) -> tuple[list[str | None], list[str]]:

@@ -21,7 +21,7 @@ from data_prep.store.errors import DataError
 from data_prep.store.images import open_image, read_image, to_rgb
 from data_prep.store.pixels import PixelPreprocessor
 from data_prep.store.sample import Dialogue
-from data_prep.text.dialogues import join_parts, says_where
+from data_prep.text.dialogues import from_parts
 from data_prep.text.encoder import TextEncoder
 
 Picture: TypeAlias = Image.Image | bytes | str | Path | np.ndarray | Tensor
@@ -240,13 +240,12 @@ class VLoRAProcessor(ProcessorMixin):
 def split_images(chat: list[dict[str, Any]]) -> tuple[Dialogue, list[Picture]]:
     """The turns of a conversation as text, and its images in order.
 
-    Of several images the text has an image token where each stands (`says_where`).
+    Of several images the text has an image token where each stands (`data_prep.text.dialogues.says_where`).
 
     Raises:
         DataError: content of an unknown type.
     """
-    dialogue: Dialogue = []
-    placed: Dialogue = []
+    said: list[tuple[str, list[str | None]]] = []
     images: list[Picture] = []
     for number, turn in enumerate(chat):
         content = turn["content"]
@@ -259,9 +258,8 @@ def split_images(chat: list[dict[str, Any]]) -> tuple[Dialogue, list[Picture]]:
                 parts.append(None)
             else:
                 raise DataError(f"turn {number}: content of type {item.get('type')!r}; there are text and image")
-        for turns, text in zip((dialogue, placed), join_parts(parts), strict=True):
-            turns.append({"role": turn["role"], "content": text})
-    return (placed if says_where(placed, len(images)) else dialogue), images
+        said.append((turn["role"], parts))
+    return from_parts(said), images
 
 
 def _picture_of(item: dict[str, Any], turn: int) -> Picture:

@@ -84,15 +84,27 @@ def _squeeze(match: re.Match[str]) -> str:
     return IMAGE_TOKEN * match.group().count(IMAGE_TOKEN)
 
 
-def join_parts(parts: Sequence[str | None]) -> tuple[str, str]:
-    """A turn given in parts, None for an image: its text, and its text with an image token for each image.
+def from_parts(said: Sequence[tuple[str, Sequence[str | None]]]) -> Dialogue:
+    """A dialogue of turns given as role and parts, None for an image, with image tokens where they say something.
 
-    Texts are lines of their own; an image stands directly behind what is before it.
+    An image stands directly behind what is before it.
     """
+    placed = [{"role": role, "content": _placed(parts)} for role, parts in said]
+    if says_where(placed, sum(part is None for _, parts in said for part in parts)):
+        return placed
+    return [{"role": role, "content": text_of(parts)} for role, parts in said]
+
+
+def text_of(parts: Sequence[str | None]) -> str:
+    """The texts of a turn given in parts, lines of their own."""
+    return "\n".join(part for part in parts if part is not None)
+
+
+def _placed(parts: Sequence[str | None]) -> str:
     placed = ""
     for number, part in enumerate(parts):
         placed += IMAGE_TOKEN if part is None else "\n" * any(p is not None for p in parts[:number]) + part
-    return "\n".join(part for part in parts if part is not None), placed
+    return placed
 
 
 def from_turns(turns: Any, images: int, strict: bool = True) -> tuple[Dialogue, int]:
@@ -121,7 +133,7 @@ def from_turns(turns: Any, images: int, strict: bool = True) -> tuple[Dialogue, 
         dialogue.append({"role": role, "content": _clean(text)})
     tokens = _tokens(dialogue)
     if strict and tokens != images:
-        raise Defect("image tokens differ from images", f"{tokens} tokens, {images} images")
+        raise _differ(tokens, images)
     return settle(dialogue, images)
 
 
@@ -164,7 +176,7 @@ def from_text_or_turns(value: Any, images: int) -> tuple[list[Dialogue], int]:
         keys = ", ".join(sorted({str(key) for turn in value for key in turn}))
         raise Defect("text of unknown shape", f"found a list of objects with {keys}; known are {KNOWN}")
     if taken not in (0, images):
-        raise Defect("image tokens differ from images", f"{taken} tokens, {images} images")
+        raise _differ(taken, images)
     return [dialogue], taken
 
 
@@ -179,3 +191,7 @@ def _pairs(value: Any) -> list[list[dict[str, Any]]]:
                 for each in value
             ]
     return []
+
+
+def _differ(tokens: int, images: int) -> Defect:
+    return Defect("image tokens differ from images", f"{tokens} tokens, {images} images")

@@ -219,22 +219,20 @@ def _weights(out: Path, runs: Sequence[Results], missing: list[str]) -> list[str
 
 def _neighbours(out: Path, runs: Sequence[Results], missing: list[str]) -> list[str]:
     """In how many directions the images' weights vary, and which images get almost the same."""
-    found = [(run, title, group["real"]) for run, title, group in _groups(runs) if group["real"].weights]
+    found = [
+        (run, title, group["real"], space) for run, title, group in _groups(runs) if (space := group["real"].weights)
+    ]
     if not found:
         return []
     lines = ["## Images in weight space", ""]
     lines += [_row("", "images", "effective rank", "energy that all share"), "|" + " --- |" * 4]
-    for _, title, each in found:
-        space = each.weights
-        assert space is not None
+    for _, title, _, space in found:
         lines.append(_row(plain(title), len(space.samples), f"{space.effective_rank:.1f}", f"{space.shared:.0%}"))
     lines += [
         "",
         "Effective rank: in how many directions the weights of these images differ, at most one less than images.",
     ]
-    run, _, each = found[-1]
-    space = each.weights
-    assert space is not None
+    run, _, each, space = found[-1]
     nearest = space.nearest(_NEIGHBOURS)
     chosen = range(0, len(nearest), max(1, len(nearest) // _MOST_NEAREST))[:_MOST_NEAREST]
     try:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlparse
+
+from tests.train.harness.loopback import Handler, listening
 
 _COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -26,7 +26,7 @@ def serving(repos: dict[str, dict[str, Path]]) -> Iterator[str]:
         What HF_ENDPOINT has to be.
     """
 
-    class Handler(BaseHTTPRequestHandler):
+    class Answers(Handler):
         def do_GET(self) -> None:
             path = urlparse(self.path).path.strip("/")
             for repo, files in repos.items():
@@ -75,18 +75,8 @@ def serving(repos: dict[str, dict[str, Path]]) -> Iterator[str]:
             if self.command != "HEAD":
                 self.wfile.write(data)
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(10)
+    with listening(Answers) as address:
+        yield address
 
 
 def _entry(name: str, file: Path) -> dict[str, Any]:

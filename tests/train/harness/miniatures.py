@@ -10,15 +10,15 @@ import base64
 import io
 import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Pictures
+
+from tests.train.harness.loopback import Handler, listening
 
 _TEXT, _NUMBER = Value("string"), Value("int64")
 _ASKED = ("A", "B", "C", "D")
@@ -198,7 +198,7 @@ def planted() -> Iterator[tuple[str, list[tuple[str, list[tuple[int, ...]]]]]]:
     """
     asked: list[tuple[str, list[tuple[int, ...]]]] = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Answers(Handler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             parts = body["messages"][-1]["content"]
@@ -215,15 +215,5 @@ def planted() -> Iterator[tuple[str, list[tuple[str, list[tuple[int, ...]]]]]]:
             self.end_headers()
             self.wfile.write(answer.encode())
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", asked
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(10)
+    with listening(Answers) as address:
+        yield f"{address}/v1", asked
