@@ -121,7 +121,7 @@ def test_finetuning_resumes_exactly_and_exports_the_llm(home, pretrained, tmp_pa
     inputs = processor.batch([processor.text.encode_prompt([{"role": "user", "content": "what color?"}])], [[]])
     assert model.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
     card = (tmp_path / "whole/export/README.md").read_text()
-    assert "20 of 8 samples" in card and "started from" in card and "trained here, in this folder" in card
+    assert "20, of 8 samples each" in card and "started from" in card and "trained here, in this folder" in card
     base, tuned = load_file(home / "llm/model.safetensors"), load_file(tmp_path / "whole/export/llm/model.safetensors")
     assert base.keys() == tuned.keys()
     assert base["model.embed_tokens.weight"].equal(tuned["model.embed_tokens.weight"])  # frozen by pattern
