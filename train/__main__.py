@@ -113,7 +113,7 @@ def main() -> int:
         return 0
     sys.argv[1:] = options.as_typed(words, configuration.RunConfig, presets.is_sweep(words))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raises, where Hydra would print a shortened traceback
-    sweep.register_launcher()
+    sweep.register_launchers()
     try:
         _main()
     except (HydraException, OmegaConfBaseException) as error:

@@ -1,12 +1,14 @@
 """Both stages of a sweep by one command, as far as it goes without a cluster."""
 
 import shlex
+import shutil
 
 import pytest
 
 from tests.train import world
 from train import config as configuration
 from train.cluster import sweep
+from train.process.run_files import RunDir
 
 
 def test_stage_two_of_a_sweep_is_prepared_and_waits_for_stage_one_point_by_point(tmp_path):
@@ -34,6 +36,27 @@ def test_stage_two_of_a_sweep_is_prepared_and_waits_for_stage_one_point_by_point
         ["-m", *ours, *slurm, *both, "stage=finetune", "init_from=x", f"hydra.sweep.dir={tmp_path}/other"]
     )
     assert done.returncode == 2 and "follows a pretraining, but this sweep has stage=finetune" in done.stderr
+
+
+def test_both_stages_of_a_sweep_run_here_by_one_command_and_again_only_what_is_missing(tmp_path):
+    home, folder = world.make(tmp_path / "world"), tmp_path / "sweep"
+    ours = [o for o in world.overrides(home, tmp_path) if not o.startswith("run_dir")]
+    command = ["-m", *ours, "stage.steps=2", "generator.rank=2,4", "hydra.launcher.finetune=true"]
+    done = world.train([*command, f"hydra.sweep.dir={folder}"])
+    assert done.returncode == 0, done.stderr
+    second = sweep.points(folder / "finetune")
+    assert ["generator.rank=2" in second[0], "generator.rank=4" in second[1]] == [True, True]
+    for number in range(2):
+        two = configuration.read(folder / f"finetune/{number}/config.yaml")
+        assert two.init_from == str(folder / str(number)) and RunDir(folder / f"finetune/{number}").done.exists()
+    trained = (folder / "0/export/model.safetensors").stat().st_mtime_ns
+    shutil.rmtree(folder / "finetune/1")
+    again = world.train([*command, f"hydra.sweep.dir={folder}"])
+    assert again.returncode == 0, again.stderr
+    assert (folder / "0/export/model.safetensors").stat().st_mtime_ns == trained
+    assert RunDir(folder / "finetune/1").done.exists() and len(sweep.points(folder / "finetune")) == 2
+    wrong = world.train([*command, "stage=finetune", "init_from=x", f"hydra.sweep.dir={tmp_path}/other"])
+    assert wrong.returncode == 2 and "follows a pretraining, but this sweep has stage=finetune" in wrong.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Sweeps: a folder of run directories, and Hydra's `hydra/launcher=slurm`, which submits one as a job array.
+"""Sweeps: a folder of run directories; points run here one after another, or as a job array (`hydra/launcher=slurm`).
 
     python -m train -m generator.rank=16,32,64,128 generator.num_blocks=4,8,12
     python -m train -m hydra/launcher=slurm hydra.launcher.nodes=2 generator.rank=16,32,64,128
@@ -96,6 +96,63 @@ def points(folder: Path) -> dict[int, list[str]]:
 
 
 @dataclass
+class LocalLauncherConfig:
+    """Keys of `hydra.launcher` where the points of a sweep run on this machine.
+
+    Attributes:
+        finetune: After the pretraining of all points, also run stage 2 of each, from what its stage 1 exports, with the
+            overrides of the point and the recipe of stage 2.
+    """
+
+    _target_: str = f"{_NAMESPACE}.LocalLauncher"
+    finetune: bool = False
+
+
+class LocalLauncher(BasicLauncher):
+    """Hydra's own launcher, which runs one point after another; then stage 2 of each, where that is asked for.
+
+    Args:
+        keys: Those of `LocalLauncherConfig`.
+    """
+
+    def __init__(self, **keys: Any) -> None:
+        super().__init__()
+        self.keys = LocalLauncherConfig(**keys)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Called by Hydra with the overrides of each point."""
+        assert self.config is not None  # `setup` was called before
+        settings.check(self.keys, "hydra.launcher.")
+        if not self.keys.finetune:
+            return super().launch(job_overrides, initial_job_idx)
+        require_pretraining(self.config)
+        folder = Path(self.config.hydra.sweep.dir).absolute()
+        for result in super().launch(job_overrides, initial_job_idx):
+            _ = result.return_value  # raises the error of a point that failed
+        return super().launch(second_stage(job_overrides, initial_job_idx, folder), initial_job_idx)
+
+
+def require_pretraining(config: DictConfig) -> None:
+    """Stage 2 can only follow stage 1.
+
+    Raises:
+        UserError: the sweep has another stage.
+    """
+    if (stage := config.stage.name) != "pretrain":
+        raise UserError(f"hydra.launcher.finetune=true follows a pretraining, but this sweep has stage={stage}")
+
+
+def second_stage(points_: Sequence[Sequence[str]], first: int, folder: Path) -> list[list[str]]:
+    """The overrides of stage 2 of every point; `first` is the number of the first."""
+    (folder / "finetune").mkdir(parents=True, exist_ok=True)
+    second = ["stage=finetune", f"hydra.sweep.dir={folder / 'finetune'}"]
+    return [
+        [*(o for o in point if not o.startswith("stage=")), *second, f"init_from={folder / str(first + number)}"]
+        for number, point in enumerate(points_)
+    ]
+
+
+@dataclass
 class SlurmLauncherConfig:
     """Keys of `hydra.launcher` with `hydra/launcher=slurm`.
 
@@ -161,15 +218,15 @@ class SlurmLauncher(BasicLauncher):
         settings.check(self.keys, "hydra.launcher.")  # not sooner: Hydra would wrap the error in one of its own
         folder = Path(self.config.hydra.sweep.dir).absolute()
         stage = str(self.config.stage.name)
-        if self.keys.finetune and stage != "pretrain":
-            raise UserError(f"hydra.launcher.finetune=true follows a pretraining, but this sweep has stage={stage}")
+        if self.keys.finetune:
+            require_pretraining(self.config)
         results = self._prepare(job_overrides, initial_job_idx)
         last = initial_job_idx + len(job_overrides) - 1
         array = f"{initial_job_idx}-{last}"
         sweeps = {"train": (stage, folder)}
         if self.keys.finetune:
             sweeps["finetune"] = ("finetune", folder / "finetune")
-            self._prepare(self._second_stage(job_overrides, initial_job_idx, folder), initial_job_idx)
+            self._prepare(second_stage(job_overrides, initial_job_idx, folder), initial_job_idx)
         commands: dict[str, list[str]] = {}
         for name, (stage, points_of) in sweeps.items():
             commands[name] = self._command(f"{stage}.sbatch", points_of, array, list(commands), self.keys.sbatch)
@@ -203,15 +260,6 @@ class SlurmLauncher(BasicLauncher):
             _ = result.return_value  # raises the error of a point that failed
         return results
 
-    def _second_stage(self, points_: Sequence[Sequence[str]], first: int, folder: Path) -> list[list[str]]:
-        """The overrides of stage 2 of every point."""
-        (folder / "finetune").mkdir(exist_ok=True)
-        second = ["stage=finetune", f"hydra.sweep.dir={folder / 'finetune'}"]
-        return [
-            [*(o for o in point if not o.startswith("stage=")), *second, f"init_from={folder / str(first + number)}"]
-            for number, point in enumerate(points_)
-        ]
-
     def _command(
         self, script: str, folder: Path, array: str, before: list[str], options: dict[str, Any] | None
     ) -> list[str]:
@@ -228,12 +276,14 @@ class SlurmLauncher(BasicLauncher):
         return slurm.command(script, ["--sweep", str(folder)], {"array": array, **after, **logs, **shape})
 
 
-def register_launcher() -> None:
-    """Make `hydra/launcher=slurm` known to Hydra."""
+def register_launchers() -> None:
+    """Make `hydra/launcher=slurm` known to Hydra, and our local launcher the one that it takes by itself."""
     plugins = Plugins.instance()  # made first: it would search what stands in for a package below
-    SlurmLauncher.__module__ = _NAMESPACE
-    # Hydra imports it by that name.
+    # Hydra imports them by that name.
     sys.modules.setdefault("hydra_plugins", ModuleType("hydra_plugins"))
     sys.modules[_NAMESPACE] = sys.modules[__name__]
-    plugins.register(SlurmLauncher)
-    ConfigStore.instance().store(group="hydra/launcher", name="slurm", node=SlurmLauncherConfig, provider="vlora")
+    launchers = {"slurm": (SlurmLauncher, SlurmLauncherConfig), "basic": (LocalLauncher, LocalLauncherConfig)}
+    for name, (launcher, keys) in launchers.items():
+        launcher.__module__ = _NAMESPACE
+        plugins.register(launcher)
+        ConfigStore.instance().store(group="hydra/launcher", name=name, node=keys, provider="vlora")

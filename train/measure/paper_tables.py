@@ -39,7 +39,7 @@ def _sweep(number: int, title: str, key: str, experiment: str, rows: dict[Any, t
     found = tuple((str(value), scores, point | {key: value}) for value, scores in rows.items())
     command = (
         f"python -m train experiment={experiment} hydra/launcher=slurm hydra.launcher.finetune=true; "
-        f"mini: python -m train experiment={experiment} scale=mini seed=0,1,2"
+        f"mini: python -m train experiment={experiment} scale=mini hydra.launcher.finetune=true seed=0,1,2"
     )
     return Table(number, title, GENERAL, found, command)
 
