@@ -6,11 +6,13 @@ restart and a requeue: it resumes from the newest complete checkpoint in RUN_DIR
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from pathlib import Path
 
 from common.files import write_atomically
+from train.process.rank_log import RankLog
 from train.process.run_files import RunDir
 from train.process.signals import StopRequest
 
@@ -52,7 +54,11 @@ def main() -> int:
     if len(sys.argv) != 2:
         print("usage: python -m train.worker RUN_DIR", file=sys.stderr)
         return 2
-    return run(Path(sys.argv[1]))
+    path = Path(sys.argv[1])
+    # torchrun's name and SLURM's. Closed after an error or a traceback has been printed.
+    log = RankLog(path, int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))))
+    atexit.register(log.close)
+    return run(path)
 
 
 if __name__ == "__main__":

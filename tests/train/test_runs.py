@@ -76,6 +76,15 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(home, pretrained, tmp_p
     export = "export/model.safetensors"
     assert same_tensors(tmp_path / "run" / export, pretrained / export)
 
+    # What each rank printed in its three lifetimes, whichever way they ended, once.
+    kept = [(tmp_path / f"run/logs/rank-{rank}.log").read_text().splitlines() for rank in (0, 1)]
+    for rank, lines in enumerate(kept):
+        assert sum(f"rank {rank} starts on" in line for line in lines) == 3
+    own = kept[0][max(i for i, line in enumerate(kept[0]) if "rank 0 starts on" in line) :]
+    printed = done.stdout.splitlines()[1:-1]  # the first and the last line are the front end's
+    assert "resumed at step" in "".join(printed)
+    assert [line for line in own if line in printed] == printed
+
 
 def test_a_killed_rank_ends_all_and_a_killed_front_end_stops_them(home, tmp_path):
     arguments = world.overrides(home, tmp_path / "run", "stage.steps=1000")

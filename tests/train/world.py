@@ -173,7 +173,7 @@ def start(arguments: list[str], module: str = "train", **environment: str) -> Co
     return Command(module, arguments, environment)
 
 
-def train(arguments: list[str], module: str = "train", timeout: float = 240, **environment: str):
+def train(arguments: list[str], module: str = "train", timeout: float = 900, **environment: str):
     """Run to the end; the finished process with its output."""
     process = start(arguments, module, **environment)
     try:
@@ -190,7 +190,7 @@ def steps_done(run: Path) -> int:
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-def wait_for(condition, process: Command, seconds: float = 120) -> None:
+def wait_for(condition, process: Command, seconds: float = 600) -> None:
     """Poll until `condition()`; fails when the process ends first."""
     end = time.monotonic() + seconds
     while not condition():

@@ -29,6 +29,7 @@ from train.engine.validation import Validation
 from train.measure.profiling import traced
 from train.measure.timing import StepTimer
 from train.process import allocator, distributed
+from train.process.rank_log import on_terminal
 from train.process.run_files import RunDir
 from train.process.signals import StopRequest
 
@@ -225,7 +226,7 @@ def progress_bar(stage: Stage) -> Iterator[Observer]:
         unit="step",
         disable=distributed.rank() != 0,
         dynamic_ncols=True,
-        mininterval=0 if sys.stderr.isatty() else 10,
+        mininterval=0 if on_terminal() else 10,
     )
 
     def show(step: int, record: dict[str, Any]) -> None:

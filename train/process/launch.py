@@ -20,6 +20,7 @@ from common.errors import UserError, report_errors
 from common.files import write_atomically
 from train import worker
 from train.config import RunConfig
+from train.process.rank_log import RankLog
 from train.process.run_files import RunDir
 
 # To each worker. A closed terminal is a stop request like any other.
@@ -75,10 +76,13 @@ def run(config: RunConfig, run_dir: Path) -> bool:
             _run_workers(workers, run_dir, environment, str(errors))
         except mp.ProcessExitedException as error:
             # A rank that only lost the one with something to say may have ended before it.
-            for said in sorted(errors.glob("*.json")):
+            for file in sorted(errors.glob("*.json")):
                 with suppress(ValueError, KeyError):  # cut, where the rank was killed while it wrote
-                    raise UserError(json.loads(said.read_text(encoding="utf-8"))["user_error"]) from error
-            end = f"ended with {error.signal_name or f'exit code {error.exit_code}'}; its output stands above"
+                    raise UserError(_said(file)) from error
+            end = (
+                f"ended with {error.signal_name or f'exit code {error.exit_code}'}; its output stands above "
+                f"and in {RunDir(run_dir).logs}/rank-{error.error_index}.log"
+            )
             if (raised := errors / f"{error.error_index}.txt").exists():
                 print(raised.read_text(encoding="utf-8"), file=sys.stderr)
                 end = "raised the error above"
@@ -89,19 +93,27 @@ def run(config: RunConfig, run_dir: Path) -> bool:
 
 
 def _worker(rank: int, run_dir: Path, environment: dict[str, str], errors: str) -> None:
-    os.environ |= environment | {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "TORCHELASTIC_ERROR_FILE": str(Path(errors) / f"{rank}.json"),
-    }
+    said = Path(errors) / f"{rank}.json"
+    os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_ERROR_FILE": str(said)}
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    log = RankLog(run_dir, rank)
     try:
         code = report_errors(lambda: worker.run(run_dir))
+        if said.exists():
+            log.note(f"error: {_said(said)}")
     except Exception:  # kept here: torch would leave a file in the temporary folder for each rank
-        (Path(errors) / f"{rank}.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        text = traceback.format_exc()
+        said.with_suffix(".txt").write_text(text, encoding="utf-8")
+        log.note(text)
         code = 1
+    log.close()
     if code:
         sys.exit(code)
+
+
+def _said(file: Path) -> str:
+    """The line in which a rank reported its error."""
+    return str(json.loads(file.read_text(encoding="utf-8"))["user_error"])
 
 
 def _run_workers(workers: int, run_dir: Path, environment: dict[str, str], errors: str) -> None:

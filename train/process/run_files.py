@@ -33,6 +33,7 @@ class RunDir:
     | `crashes` | one line per crash (on a cluster) |
     | `profile/` | traces of chosen steps (`debug.profile`); after a GPU ran out of memory, what filled it |
     | `hang/` | after a hang: where every rank stood |
+    | `logs/` | `rank-N.log`: what each rank printed, all starts |
     """
 
     path: Path
@@ -56,6 +57,11 @@ class RunDir:
     def hang(self) -> Path:
         """Where every rank stood in a hang."""
         return self.path / "hang"
+
+    @property
+    def logs(self) -> Path:
+        """What each rank printed."""
+        return self.path / "logs"
 
     @property
     def profile(self) -> Path:

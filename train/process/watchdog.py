@@ -132,13 +132,13 @@ class Watchdog:
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(record["pid"], signal.SIGUSR2)  # waits for a stopped process, and comes first when it wakes
                     os.kill(record["pid"], signal.SIGCONT)
-        time.sleep(1.0)  # they are written
         print(
             f"error: rank {self.rank} did not move for {seconds:.0f} s (engine.hang_minutes); "
             f"{_behind(ranks, seconds)}. Stacks of the ranks: {self.folder}/stacks-rank-*.txt",
             file=sys.stderr,
             flush=True,
         )
+        time.sleep(1.0)  # all is written: SLURM kills what is left of a step at the end of the first rank
 
     def _ranks(self) -> dict[int, dict[str, Any]]:
         found = {}

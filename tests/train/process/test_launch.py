@@ -36,7 +36,7 @@ def killed(run_dir: Path) -> int:
     [
         (bug, "rank 1 raised the error above", "RuntimeError: a bug"),
         (refusal, "^this file is damaged$", ""),
-        (killed, "rank [01] ended with SIGKILL; its output stands above", ""),
+        (killed, "rank [01] ended with SIGKILL; its output stands above and in .*/logs/rank-[01].log", ""),
     ],
 )
 def test_a_rank_that_fails_is_told_once_and_leaves_nothing(run, message, said, tmp_path, monkeypatch, capsys):
@@ -49,4 +49,6 @@ def test_a_rank_that_fails_is_told_once_and_leaves_nothing(run, message, said, t
     with pytest.raises(UserError, match=message):
         launch.run(config, tmp_path / "run")
     assert capsys.readouterr().err.count("Traceback") == bool(said)
-    assert [*(tmp_path / "tmp").iterdir(), *(tmp_path / "run").iterdir()] == []
+    assert [*(tmp_path / "tmp").iterdir(), *(tmp_path / "run").iterdir()] == [tmp_path / "run/logs"]
+    kept = (tmp_path / "run/logs/rank-1.log").read_text()
+    assert kept.startswith("[") and (said or message.strip("^$") if run is not killed else "") in kept
