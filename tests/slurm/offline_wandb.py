@@ -19,12 +19,16 @@ class Lifetime:
     Attributes:
         id, group, job_type: Of the run.
         rows: What was logged, in order.
+        artifacts: Files that a sync will upload, by their name there: those of tables, pictures among them.
+        files: Others, below the lifetime's folder `files`.
     """
 
     id: str = ""
     group: str = ""
     job_type: str = ""
     rows: list[dict[str, Any]] = field(default_factory=list)
+    artifacts: dict[str, Path] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
 
 
 def read(folder: Path) -> list[Lifetime]:
@@ -40,6 +44,10 @@ def read(folder: Path) -> list[Lifetime]:
             if record.HasField("history"):
                 items = record.history.item
                 lifetime.rows.append({i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items})
+            if record.HasField("artifact"):
+                lifetime.artifacts |= {e.path: Path(e.local_path) for e in record.artifact.manifest.contents}
+            if record.HasField("files"):
+                lifetime.files += [file.parent / "files" / each.path for each in record.files.files]
         lifetimes.append(lifetime)
     return lifetimes
 

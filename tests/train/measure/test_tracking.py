@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from common.files import DamagedFile, sealed_json
+from tests.slurm import offline_wandb
 from train.config import RunConfig, TrackingConfig
 from train.measure.results import stage_figures
 from train.measure.tracking import Tracker, read_metrics
@@ -82,6 +84,29 @@ def test_records_of_the_first_release_have_no_checksum(run: Path) -> None:
     file.write_text("".join([*bare[:-1], sealed_json({"step": STEPS, "loss": 1.0})]))
     with pytest.raises(DamagedFile, match="line 1,"):
         read_metrics(run)
+
+
+def test_pictures_of_offline_tables_lie_in_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that `wandb sync` finds them from a host with another home folder and another temporary one."""
+    for variable in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):  # the tracker sets them for its process
+        monkeypatch.setenv(variable, "")
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    run = tmp_path / "run"
+    run.mkdir()
+    record = {"id": "abcd1234", "git_commit": None, "versions": {}}
+    config = RunConfig(tracking=TrackingConfig(wandb="offline"), output_root=str(tmp_path))
+    tracker = Tracker(config, run, record, 0, {})
+    shades = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (0, 100, 200)]
+    tracker.table(1, "answers", ["image", "question"], [[shade, "what color?"] for shade in shades])
+    tracker.finish()
+    (lifetime,) = offline_wandb.read(run)
+    pictures = {name: file for name, file in lifetime.artifacts.items() if name.endswith(".png")}
+    assert sorted(Image.open(file).getpixel((0, 0)) for file in pictures.values()) == [(s, 0, 0) for s in (0, 100, 200)]
+    assert len(lifetime.artifacts) == 4 and lifetime.files  # the table itself
+    for file in (*lifetime.artifacts.values(), *lifetime.files):
+        assert file.is_relative_to(run) and file.is_file()
+    assert not (tmp_path / "home").exists()
 
 
 def test_figures_of_a_run_without_records_are_refused(tmp_path: Path) -> None:
