@@ -1,6 +1,7 @@
 """`python -m tests.chaos kills|damage|inputs|soak`: the bench for what goes wrong. Prints every case and a summary.
 
     python -m tests.chaos kills --count 200 --seed 0      # that land: in each run one to five in a row
+    python -m tests.chaos kills --saves --count 30        # only while checkpoints are written (in the background)
     python -m tests.chaos damage                          # the whole matrix; --sample 40 for a part of it
     python -m tests.chaos inputs --count 400 --seed 0     # one thing wrong in a command line that works
     python -m tests.chaos soak --steps 5000 --kills 2
@@ -23,6 +24,7 @@ from collections import Counter
 from pathlib import Path
 
 from tests.chaos import damage, inputs, kills, soak
+from tests.chaos.points import SAVING
 from tests.train import world
 
 
@@ -39,14 +41,17 @@ def run_kills(options: argparse.Namespace, folder: Path) -> int:
         if landed >= options.count:
             break
         dice = random.Random(f"{options.seed}/{number}")
-        kind = dice.choice(["pretrain", "finetune", "cached", "preparation"])
+        kind = dice.choice(["pretrain", "finetune", "cached", *([] if options.saves else ["preparation"])])
         count = dice.randint(1, 5)
         place = folder / f"run-{number}"
         shutil.rmtree(place, ignore_errors=True)
         if kind == "preparation":
             outcome = kills.kill_preparation(place, [kills.Plan.draw(dice, 0) for _ in range(count)])
         else:
-            outcome = kills.kill_run(home, place, kind, kills.draw(dice, count, duration))
+            plans = kills.draw(dice, count, duration)
+            if options.saves:
+                plans = [kills.Plan.draw(dice, kills.RANKS, SAVING) for _ in range(count)]
+            outcome = kills.kill_run(home, place, kind, plans)
         runs, planned = runs + 1, planned + len(outcome.kills)
         landed, wrong = landed + outcome.landed, wrong + bool(outcome.problems)
         print(
@@ -112,6 +117,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=20, help="kills that land, or inputs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="only this case")
+    parser.add_argument("--saves", action="store_true", help="kills only while a checkpoint is written")
     parser.add_argument("--sample", type=int, help="so many random cases of the damage matrix; default all")
     parser.add_argument("--steps", type=int, default=5000, help="of the soak")
     parser.add_argument("--kills", type=int, default=2, help="during the soak")

@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,7 @@ PREPARATION = {
     "manifest": "data_prep.prepare:write_manifest",
     "report": "data_prep.report:write",
 }
+SAVING = ("checkpoint write", "checkpoint sums", "checkpoint record", "prune")
 FIRST_RANK_ONLY = {"checkpoint record", "rename", "prune", "export", "end"}
 OFTEN = {
     "prune": 4,
@@ -75,9 +77,9 @@ class Plan:
     rank: int | None = 0
 
     @classmethod
-    def draw(cls, dice: random.Random, ranks: int) -> Plan:
-        """A random one; `ranks=0` for data preparation."""
-        place = dice.choice(sorted(TRAINING if ranks else PREPARATION))
+    def draw(cls, dice: random.Random, ranks: int, places: Iterable[str] = ()) -> Plan:
+        """A random one, at one of `places`, by default at any; `ranks=0` for data preparation."""
+        place = dice.choice(sorted(places or (TRAINING if ranks else PREPARATION)))
         return cls(
             place,
             dice.randint(1, OFTEN.get(place, 1)),
