@@ -196,6 +196,8 @@ def _seed(config: RunConfig) -> None:
     torch.manual_seed(config.seed)
     if config.engine.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+        # It would fill all memory that is asked for, whether or not it is written next.
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def _settle_checkpointing(
