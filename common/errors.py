@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import select
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -40,17 +42,32 @@ def report_errors(main: Callable[[], int | None]) -> int:
 
     A `ValueError` or `OSError` raised by the model or the data also speaks to the user, but an `OSError` that a new
     start may cure (a lost connection, a stale file handle, an I/O error) exits with 1. Set `VLORA_TRACEBACK=1` for the
-    traceback. Anything else is a bug and shows its traceback.
+    traceback. Anything else is a bug and shows its traceback. Where the reader of its output goes away (`| head`), the
+    command ends in silence, as others do.
     """
     try:
-        return main() or 0
+        code = main() or 0
+        sys.stdout.flush()
+        return code
     except (UserError, ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return 128 + signal.SIGPIPE
         if os.environ.get("VLORA_TRACEBACK"):
             raise
         _report(" ".join(str(error).split()) or type(error).__name__)
         return 1 if isinstance(error, OSError) and error.errno not in _LASTING else 2
     except KeyboardInterrupt:
         return 130
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads standard output any more; then nothing is written to it at exit either."""
+    state = select.poll()
+    state.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in state.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _report(text: str) -> None:

@@ -34,6 +34,26 @@ def test_exit_codes(error, code, capsys, monkeypatch):
     assert capsys.readouterr().err == f"error: {error}\n"
 
 
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_that_goes_away_ends_a_command_in_silence(lines):
+    program = f"from common.errors import run_cli; run_cli(lambda: print('a line\\n' * {lines}))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", program], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_broken_pipe_is_told(capfd, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+
+    def fails():
+        raise BrokenPipeError(errno.EPIPE, "the loader is gone")
+
+    assert report_errors(fails) == 1
+    assert "the loader is gone" in capfd.readouterr().err
+
+
 def test_a_bug_shows_its_traceback():
     def fails():
         raise KeyError("bug")
