@@ -218,6 +218,7 @@ def _write(
         print(why, file=sys.stderr)
     blind = scoring.blind_predictions(questions, training) if training else [""] * len(questions)
     floor = scoring.accuracy(questions, blind)
+    rarer = scoring.accuracy(questions, predictions, blind) if training else {}
     text = text_predictions(questions, training) if training else [""] * len(questions)
     text_floor = scoring.accuracy(questions, text)
     folder = RunDir(run).evaluation
@@ -237,6 +238,7 @@ def _write(
         "accuracy": scoring.as_dict(result),
         "blind_floor": scoring.as_dict(floor),
         "text_floor": scoring.as_dict(text_floor),
+        "rarer_answers": scoring.as_dict(rarer),
         "training_questions": len(training),
         "weights": None if space is None else space.as_dict(),
     }
@@ -246,12 +248,16 @@ def _write(
     asked = f"{len(records)} of {summary['available']} questions of {split.folder}"
     print(f"{run}: {asked} ({options.split}), images: {options.images}")
     width = max(10, *(len(key) + 2 for key in result))
-    print(f"{'type':<{width}}{'count':>7}{'right %':>9}{'95 % interval':>18}{'blind %':>9}{'words %':>9}")
+    print(
+        f"{'type':<{width}}{'count':>7}{'right %':>9}{'95 % interval':>18}{'blind %':>9}{'words %':>9}{'rarer %':>16}"
+    )
     for key, value in result.items():
-        interval = f"{value.low:.1f} - {value.high:.1f}"
-        print(
-            f"{key:<{width}}{value.count:>7}{value.percent:>9.1f}{interval:>18}{floor[key].percent:>9.1f}{text_floor[key].percent:>9.1f}"
-        )
+        interval, unusual = f"{value.low:.1f} - {value.high:.1f}", rarer.get(key)
+        floors = f"{floor[key].percent:>9.1f}{text_floor[key].percent:>9.1f}"
+        few = f"{unusual.percent:.1f} of {unusual.count}" if unusual else ""
+        print(f"{key:<{width}}{value.count:>7}{value.percent:>9.1f}{interval:>18}{floors}{few:>16}")
+    if rarer:
+        print("rarer: right among the questions whose answer is not the usual one to their text (the blind one)")
     print(f"predictions: {folder / name}.jsonl")
     tracking.log_evaluation(config, run, name, summary)
 

@@ -43,9 +43,27 @@ def answer_type(answer: str) -> str:
     Raises:
         DataError: not one of the 13 answers.
     """
-    if kind := next((kind for kind, answers in KINDS.items() if answer in answers), None):
-        return kind
+    if found := next((name for name, answers in KINDS.items() if answer in answers), None):
+        return found
     raise DataError(f"easy-VQA has no answer {answer!r}; there are {', '.join(sum(KINDS.values(), ()))}")
+
+
+def kind(question: str, answer: str) -> str:
+    """`shape`, `color`, `yesno: shape` or `yesno: color`: what accuracy is told apart by.
+
+    Raises:
+        DataError: not one of the answers, or a yes/no question of no known form.
+    """
+    found = answer_type(answer)
+    if found != "yesno":
+        return found
+    return f"yesno: {'color' if _about(question)['color'] else 'shape'}"
+
+
+def _about(question: str) -> re.Match[str]:
+    if (match := _STATED.fullmatch(question)) is None:
+        raise DataError(f"easy-VQA question of unknown form: {question!r}")
+    return match
 
 
 @dataclass(frozen=True)
@@ -67,15 +85,12 @@ def facts(questions: list[tuple[str, str]]) -> Facts:
     """
     found: dict[str, set[str]] = {"shape": set(), "color": set()}
     for question, answer in questions:
-        kind = answer_type(answer)
-        if kind == "yesno":
-            match = _STATED.fullmatch(question)
-            if match is None:
-                raise DataError(f"easy-VQA question of unknown form: {question!r}")
+        if (asked := answer_type(answer)) == "yesno":
+            match = _about(question)
             negated = any(match[name] for name in ("not1", "not2", "not3"))
             stated = match if (answer == "yes") != negated else None
         else:
-            found[kind].add(answer)
+            found[asked].add(answer)
             stated = _SUBJECT.fullmatch(question)
         if stated is not None:
             for name in found:
@@ -147,7 +162,7 @@ class EasyVQA:
         }
         return {
             "source": "easy_vqa",
-            "reader": 2,  # 2: kinds of the questions
+            "reader": 3,  # 2: kinds of the questions; 3: yes/no questions by what they ask about
             "questions": questions,
             "captions": [self.captions, CAPTIONS.get(self.captions)],
             "val_fraction": self.val_fraction,
@@ -171,7 +186,7 @@ class EasyVQA:
             name, references = f"easy_vqa/{part}/{number}", []
             if not split.startswith("caption_"):
                 dialogues = [exchange(question, answer) for question, answer in questions]
-                references = [Reference(kind=answer_type(answer), answers=[], match="exact") for _, answer in questions]
+                references = [Reference(kind=kind(*each), answers=[], match="exact") for each in questions]
             elif not (dialogues := captions(facts(questions), self.captions)):
                 # Not a defect: the questions of this image leave its shape or its colour open.
                 continue

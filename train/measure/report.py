@@ -85,7 +85,7 @@ def _results(out: Path, runs: Sequence[Results], missing: list[str]) -> list[str
         if real.words is not None:
             conditions["words"] = real.words
         lines += [f"**{plain(title)}**: {_asked(real)}", ""]
-        lines += _accuracy_table(conditions, followed(real.predictions))
+        lines += _accuracy_table(conditions, followed(real.predictions), real.rarer)
         panels[f"{title} ({real.count} questions)"] = conditions
         for name in ("shuffled", "none"):
             if name not in group:
@@ -97,6 +97,7 @@ def _results(out: Path, runs: Sequence[Results], missing: list[str]) -> list[str
     lines += [
         "Percent right, with 95 % Wilson intervals. The blind floor is the most frequent answer in training",
         "to the question's text; \"words alone\": naive Bayes over the question's words.",
+        "Rarer answers: the questions whose right answer is not the most frequent one to their text.",
         "A kind of question is seen where the right image's interval lies above every control. Answers follow the",
         "image where two images with different answers to the same question both get theirs: 0 without looking.",
         "",
@@ -111,17 +112,21 @@ def _asked(evaluation: Evaluation) -> str:
     return f"{evaluation.count:,} of {evaluation.available:,} questions{part} of `{plain(evaluation.data)}`."
 
 
-def _accuracy_table(conditions: dict[str, dict[str, Accuracy]], pairs: dict[str, float]) -> list[str]:
+def _accuracy_table(
+    conditions: dict[str, dict[str, Accuracy]], pairs: dict[str, float], rarer: dict[str, Accuracy]
+) -> list[str]:
     real = conditions["real"]
     columns = [name for name in ("merged", "shuffled", "none", "blind", "words") if name in conditions]
-    head = ["kind", "questions", "right image", *(_NAMES[name] for name in columns), "follows the image", "reading"]
+    head = ["kind", "questions", "right image", *(_NAMES[name] for name in columns)]
+    head += ["rarer answers", "follows the image", "reading"]
     lines = [_row(*head), "|" + " --- |" * len(head)]
     for kind, right in real.items():
         cells = [_percent(conditions[name].get(kind), name not in ("blind", "words")) for name in columns]
         controls = {_NAMES[name]: conditions[name].get(kind) for name in columns if name != "merged"}
         said = reading(right, controls)
         follows = f"{pairs[kind]:.1f}" if kind in pairs else ""
-        lines.append(_row(plain(kind), right.count, _percent(right), *cells, follows, said))
+        unusual = f"{_percent(rarer[kind], False)} of {rarer[kind].count}" if kind in rarer else ""
+        lines.append(_row(plain(kind), right.count, _percent(right), *cells, unusual, follows, said))
     return [*lines, ""]
 
 

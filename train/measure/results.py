@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class Evaluation:
         blind: The blind floor, the same kinds; none: the run trained on no questions that are here.
         words: The floor of a reader of the questions' words (`train.measure.text_baseline`); none: as `blind`.
         weights: How the images lie to each other in weight space; none: not measured.
+        rarer: Accuracy on the questions that the blind floor gets wrong; empty: as `blind`, or it gets none wrong.
     """
 
     file: Path
@@ -57,6 +58,7 @@ class Evaluation:
     blind: dict[str, Accuracy] | None
     weights: WeightSpace | None = None
     words: dict[str, Accuracy] | None = None
+    rarer: dict[str, Accuracy] = field(default_factory=dict)
 
     @classmethod
     def read(cls, file: Path) -> Evaluation:
@@ -67,9 +69,9 @@ class Evaluation:
         """
         found = read_json(file, _AGAIN)
         try:
-            accuracy, blind, words = (
+            accuracy, blind, words, rarer = (
                 {kind: Accuracy(**value) for kind, value in found.get(key, {}).items()}
-                for key in ("accuracy", "blind_floor", "text_floor")
+                for key in ("accuracy", "blind_floor", "text_floor", "rarer_answers")
             )
             accuracy["overall"]
             return cls(
@@ -85,6 +87,7 @@ class Evaluation:
                 blind if found.get("training_questions", 1) else None,
                 WeightSpace.read(found.get("weights")),
                 words if words and found.get("training_questions", 1) else None,
+                rarer,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DamagedFile(f"{file} is no result of train.evaluate ({error!r}); {_AGAIN}") from error

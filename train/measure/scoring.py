@@ -132,7 +132,8 @@ def followed(records: Iterable[dict[str, Any]]) -> dict[str, float]:
     """
     asked: dict[tuple[str, str], dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        asked[record["type"], record["question"]][normalise(record["answer"])].append(record["right"])
+        for kind in {*levels(record["type"]), record["type"]}:
+            asked[kind, record["question"]][normalise(record["answer"])].append(record["right"])
     pairs: Counter[str] = Counter()
     both: Counter[str] = Counter()
     for (kind, _), answers in asked.items():
@@ -166,13 +167,27 @@ def _number(text: str) -> float | None:
     return float(text) if re.fullmatch(r"[-+]?\d+(?:\.\d+)?", text) else None
 
 
-def accuracy(questions: list[Question], predictions: list[str]) -> dict[str, Accuracy]:
-    """Accuracy per kind and `overall`."""
+def levels(kind: str) -> list[str]:
+    """A kind of question and those it is part of, the widest first: `yesno: color` counts as `yesno` too."""
+    parts = kind.split(": ")
+    return [": ".join(parts[:end]) for end in range(1, len(parts) + 1)]
+
+
+def accuracy(questions: list[Question], predictions: list[str], blind: list[str] | None = None) -> dict[str, Accuracy]:
+    """Accuracy per kind (`levels`) and `overall`.
+
+    Args:
+        questions: All that were asked.
+        predictions: The answers to them.
+        blind: Answers from the text alone, where only the questions that these get wrong shall count; none: all count.
+    """
     right: dict[str, float] = defaultdict(float)
     count: dict[str, int] = defaultdict(int)
-    for question, kind, prediction in zip(questions, kinds(questions), predictions, strict=True):
+    for number, (question, kind, prediction) in enumerate(zip(questions, kinds(questions), predictions, strict=True)):
+        if blind is not None and score(question, blind[number]) > 0.5:
+            continue
         points = score(question, prediction)
-        for key in (kind, "overall"):
+        for key in (*(levels(kind) if question.kind else [kind]), "overall"):
             count[key] += 1
             right[key] += points
     return {key: Accuracy.of(right[key], count[key]) for key in sorted(count, key=lambda k: (k == "overall", k))}

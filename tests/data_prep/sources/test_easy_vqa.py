@@ -8,7 +8,7 @@ import pytest
 
 from common.errors import ConfigError
 from data_prep import __main__ as entry
-from data_prep.sources.easy_vqa import CAPTIONS, COLORS, SHAPES, EasyVQA, Facts, answer_type, captions, facts
+from data_prep.sources.easy_vqa import CAPTIONS, COLORS, SHAPES, EasyVQA, Facts, answer_type, captions, facts, kind
 from data_prep.store.errors import DataError
 from data_prep.store.split import Split
 
@@ -61,6 +61,20 @@ def test_open_questions_are_the_training_questions_with_more_than_two_answers(pr
         return sorted((s.id, q["content"], a["content"]) for s in prepared[split] for q, a in s.conversations)
 
     assert questions("open_train") == [q for q in questions("train") if q[2] not in ("yes", "no")]
+
+
+def test_yes_no_questions_say_what_they_ask_about(prepared):
+    """Independent reference: the word that the question names."""
+    found = set()
+    for split in ("train", "val", "test"):
+        for sample in prepared[split]:
+            for (question, answer), reference in zip(sample.conversations, sample.references, strict=True):
+                words = set(question["content"].rstrip("?").split())
+                about = "color" if words & set(COLORS) else "shape"
+                if answer["content"] in ("yes", "no"):
+                    assert reference["kind"] == f"yesno: {about}" and words & {*COLORS, *SHAPES}
+                found.add(reference["kind"])
+    assert found == {"shape", "color", "yesno: shape", "yesno: color"}
 
 
 def test_captions_use_only_training_questions(part, tmp_path):
@@ -128,6 +142,8 @@ def test_contradiction_and_unknown_forms_are_errors():
         facts([("what color is the shape?", "red"), ("is there a blue shape?", "yes")])
     with pytest.raises(DataError, match="unknown form: 'is it nice"):
         facts([("is it nice?", "yes")])
+    with pytest.raises(DataError, match="unknown form: 'is it nice"):
+        kind("is it nice?", "yes")
     with pytest.raises(DataError, match="no answer 'maybe'"):
         answer_type("maybe")
     with pytest.raises(DataError, match="captions=long.*short, sentences"):

@@ -105,7 +105,8 @@ def test_a_report_of_two_stages_says_what_is_seen_and_what_not(data, tmp_path, m
     assert rows["seed"] == "| seed | 0 | 0 |" and "40 samples, 80 dialogues" in rows["data"]
     assert "600 trained of 1,000" in rows["parameters"] and machine() in rows["machine"]
     assert f"python -m train stage=finetune init_from={first}" in text and "git checkout c0ffee" in text
-    assert "| words alone |" in text and "follows the image" in text
+    assert "| words alone | rarer answers | follows the image |" in text
+    assert re.search(r"\| \d+\.\d of \d+ \|", rows["what color is the shape?"])
     assert "| red | purple | 1 of 15 |" in text or "| black | purple | 1 of 15 |" in text
     assert "## Not in this report" not in text
     assert re.search(r"\| finetune, test \| 9 \| [345]\.\d \|", text)  # five directions at most

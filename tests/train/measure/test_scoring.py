@@ -39,6 +39,31 @@ def test_accuracy_is_counted_per_kind():
     }  # fmt: skip
 
 
+def test_a_part_of_a_kind_counts_in_the_whole_too():
+    """Texts with a colon are no kinds."""
+    kinds = ("yesno: color", "yesno: shape", "yesno: color", "color")
+    questions = [Question("a", f"q {n}", "yes", kind) for n, kind in enumerate(kinds)]
+    result = accuracy(questions, ["yes", "no", "yes", "no"])
+    assert {name: (each.percent, each.count) for name, each in result.items()} == {
+        "color": (0, 1), "yesno": (pytest.approx(200 / 3), 3), "yesno: color": (100, 2), "yesno: shape": (0, 1),
+        "overall": (50, 4),
+    }  # fmt: skip
+    texts = [Question("a", f"choose: {n}?", "x") for n in (0, 1)]
+    assert list(accuracy(texts, ["x"] * 2)) == ["choose: 0?", "choose: 1?", "overall"]
+    records = [
+        {"type": kind, "question": "?", "answer": answer, "right": right}
+        for kind, answer, right in (("y: a", "yes", True), ("y: a", "no", True), ("y: b", "yes", False))
+    ]
+    assert followed(records) == {"y": 50, "y: a": 100}
+
+
+def test_rarer_answers_are_those_that_the_blind_floor_gets_wrong():
+    questions = [Question("a", "q", answer, "k") for answer in ("yes", "no", "no", "no")]
+    rarer = accuracy(questions, ["yes", "no", "yes", "yes"], blind=["no"] * 4)
+    assert {name: (each.percent, each.count) for name, each in rarer.items()} == {"k": (100, 1), "overall": (100, 1)}
+    assert accuracy(questions[1:], ["no"] * 3, blind=["no"] * 3) == {}
+
+
 def test_an_answer_follows_the_image_where_both_of_a_pair_are_right():
     random = Random(1)
     records = [
