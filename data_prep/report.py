@@ -37,6 +37,11 @@ def to_look_at(manifest: Manifest) -> list[str]:
     found = []
     if count := manifest.statistics.get("image alpha", {}).get("transparent"):
         found.append(f"{count:,} images have transparent pixels, which show white (vision.transparent)")
+    for column in manifest.statistics.get("captions left out", {}):
+        found.append(
+            f"column {column} was left out, since there are questions; for pretraining prepare its captions too: "
+            f"the same command with name={manifest.dataset}_captions source.text={column}"
+        )
     tokens = manifest.statistics.get("tokens", {})
     if count := tokens.get("unknown"):
         share = _percent(count, tokens["supervised"])

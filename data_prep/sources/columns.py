@@ -34,6 +34,8 @@ NAMES: dict[str, tuple[str, ...]] = {
     "kind": ("kind", "answer_type", "question_type", "category"),
 }
 """What a column of each of these names is taken for, the likelier name first."""
+BESIDE_QUESTIONS = ("caption", "captions", "text", "sentence", "sentences", "description")
+"""Of the names of captions, those that mean one in a table of questions too."""
 VQA_ANNOTATORS = 10
 """From so many answers on they are people's votes, and are scored as in VQAv2."""
 
@@ -49,6 +51,7 @@ class Columns:
         choices: The options of a multiple-choice question, whose answer is then a number, a letter or an option.
         answers: All accepted answers, where `text` has only one of them.
         kind: Kind of a question, for accuracy by kind.
+        caption: Captions beside the questions.
     """
 
     image: str | None
@@ -57,6 +60,7 @@ class Columns:
     choices: str | None = None
     answers: str | None = None
     kind: str | None = None
+    caption: str | None = None
 
     @property
     def used(self) -> list[str]:
@@ -93,7 +97,8 @@ def find(names: list[str], image: str | None, text: str | None, question: str | 
     if question is None:
         return Columns(image or None, text)
     answers = "answers" if "answers" in names and text != "answers" else None
-    return Columns(image or None, text, question, first("choices"), answers, first("kind"))
+    caption = next((name for name in BESIDE_QUESTIONS if name in names and name not in (image, text, question)), None)
+    return Columns(image or None, text, question, first("choices"), answers, first("kind"), caption)
 
 
 def _unknown(kind: str, names: list[str], where: str) -> DataError:
@@ -126,6 +131,13 @@ def dialogues(row: dict[str, Any], columns: Columns, images: int) -> tuple[list[
     settled = [settle(dialogue, images) for dialogue, _ in pairs]
     references = [reference for _, reference in pairs]
     return [dialogue for dialogue, _ in settled], references, sum(taken for _, taken in settled)
+
+
+def captions(row: dict[str, Any], columns: Columns) -> list[str]:
+    """What a row's captions say: those beside its questions, or else its texts that are no turns."""
+    value = as_text(row[columns.caption or columns.text]) if columns.caption or columns.question is None else None
+    listed = value if isinstance(value, list) else [value]
+    return [text for text in listed if isinstance(text, str) and text.strip()]
 
 
 def _pair(question: Any, answer: Any, row: dict[str, Any], columns: Columns) -> tuple[Dialogue, Reference]:

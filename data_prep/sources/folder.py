@@ -4,8 +4,9 @@ Three shapes are known, each with or without folders `train`, `val`, `test` abov
 
     cat/1.jpg  dog/2.jpg                 one folder per class: its name is the answer
     red_circle_01.png  blue_cup.jpg      no class folders: the file's name, without its number, is the answer
-    questions.csv (.tsv .jsonl .json)    rows of image, question and answer, or of image and caption; also `datasets`'
-                                         imagefolder with `metadata.csv`; columns as in `data_prep.sources.columns`
+    questions.csv (.tsv .jsonl .json)    rows of image, question and answer, of image and caption, or of all; also
+                                         `datasets`' imagefolder with `metadata.csv`; columns as in
+                                         `data_prep.sources.columns`
 
 Splits that are made: `train`, `val`, `test` with questions, and, where there are captions, `caption_train` and
 `caption_val` of the same images for pretraining. All rows of an image are one sample.
@@ -68,7 +69,9 @@ class Folder:
         folder = self._listing.folder
         settings = {name: value for name, value in vars(self).items() if name != "path"}
         files = [folder / name for name in self._listing.files]
-        return {"source": "folder", "files": tars.listing(folder, files), **settings}
+        found = {"source": "folder", "files": tars.listing(folder, files), **settings}
+        # 2: captions beside questions; other data are as they were.
+        return found | ({"reader": 2} if self._listing.columns and self._listing.columns.caption else {})
 
     def plan(self) -> dict[str, list[list[str]]]:
         """Units are lists of images, as paths below the folder; a path is a sample's key.
@@ -99,9 +102,13 @@ class Folder:
         dialogues: list[Dialogue] = []
         references: list[Reference] = []
         row_references: list[Reference]
+        beside = captions and listing.columns is not None and listing.columns.caption is not None
         for row in listing.rows[name]:
             if listing.columns is None:
                 row_dialogues, row_references, tokens = [exchange("", row["name"])], [], 0
+            elif beside:
+                row_dialogues = [exchange("", text) for text in columns.captions(row, listing.columns)]
+                row_references, tokens = [], 0
             else:
                 row_dialogues, row_references, tokens = columns.dialogues(row, listing.columns, 1)
             if tokens and not captions:
@@ -110,6 +117,8 @@ class Folder:
                 is_caption = len(talk) == 2 and not talk[0]["content"]
                 if is_caption:
                     talk = exchange(self.opening if captions else self.ask, talk[1]["content"])
+                if beside and talk in dialogues:
+                    continue  # rows of an image, one a question, repeat its caption
                 if is_caption or not captions:
                     dialogues.append(talk)
                     references += row_references[number : number + 1]
@@ -186,12 +195,10 @@ class Listing:
         return self.rows[name][0]["name"] if self.columns is None else ""
 
     def tells(self, name: str) -> bool:
-        """Whether an image has a caption: a class or name, or a text or texts of the table that answer no question."""
+        """Whether an image has a caption: a class or name, or one of the table."""
         if self.columns is None:
             return True
-        values = [columns.as_text(row[self.columns.text]) for row in self.rows[name]]
-        listed = [text for value in values for text in (value if isinstance(value, list) else [value])]
-        return self.columns.question is None and any(isinstance(text, str) for text in listed)
+        return any(columns.captions(row, self.columns) for row in self.rows[name])
 
 
 def _content(folder: Path, name: str) -> str:

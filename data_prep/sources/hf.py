@@ -80,6 +80,8 @@ class HuggingFace:
         dialogues, references, tokens = read_row(row, columns, len(images))
         if tokens:
             yield Count("image tokens taken out", self.label, tokens)
+        if columns.caption:
+            yield Count("captions left out", columns.caption)
         yield Sample(name, images, dialogues, self.label, references)
 
     def _bytes(self, value: Any) -> bytes:

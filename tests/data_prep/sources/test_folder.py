@@ -92,6 +92,21 @@ def test_tables_of_questions(tmp_path, form):
     assert sum(len(Split(tmp_path / "out" / split)) for split in ("train", "val", "test")) == 20
 
 
+def test_a_table_of_questions_and_captions_gives_both(tmp_path):
+    """Captions to pretraining's splits, each once however many questions repeat it; questions to the others."""
+    fill(tmp_path / "in", [f"{n}.png" for n in range(40)])
+    rows = [f"{n}.png,{q}?,{q} of {n},{f'a cup {n}' if n % 4 else ''}" for n in range(40) for q in ("what", "who")]
+    (tmp_path / "in" / "questions.csv").write_text("\n".join(["image,question,answer,caption", *rows]))
+    prepare(Folder(tmp_path / "in"), tmp_path / "out")
+    kept = {split: read(tmp_path / "out", split) for split in ("train", "caption_train", "val", "caption_val", "test")}
+    numbers = {split: {texts[1].rsplit(" ", 1)[1] for texts in found} for split, found in kept.items()}
+    for split in ("train", "val"):
+        assert numbers[f"caption_{split}"] == {n for n in numbers[split] if int(n) % 4}
+        assert all(texts[0] == "The picture shows" and len(texts) == 2 for texts in kept[f"caption_{split}"])
+    assert all(texts[::2] == ["what?", "who?"] for split in ("train", "val", "test") for texts in kept[split])
+    assert sum(len(kept[split]) for split in ("train", "val", "test")) == 40
+
+
 def test_image_folder_of_datasets_and_a_column_of_splits(tmp_path):
     fill(tmp_path / "in", [f"{n}.png" for n in range(6)])
     lines = ["file_name,text,split", *(f'{n}.png,"number {n}, here",{"test" if n > 3 else "train"}' for n in range(6))]

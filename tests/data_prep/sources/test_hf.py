@@ -6,6 +6,7 @@ import datasets
 import pytest
 
 from data_prep.prepare import Options, prepare
+from data_prep.report import to_look_at
 from data_prep.sources.hf import HuggingFace
 from data_prep.store.errors import DataError
 from data_prep.store.split import Split
@@ -121,6 +122,17 @@ def test_common_shapes_are_known_by_their_names(photos, tmp_path):
         assert [[turn["content"] for turn in dialogue] for dialogue in sample.conversations] == texts_wanted
         found = [(each["answers"], each["match"], each["kind"]) for each in sample.references]
         assert found == ([] if reference is None else [reference])
+
+
+def test_captions_beside_questions_are_left_out_and_it_says_how_to_get_them(photos, tmp_path):
+    rows = [{"image": photos[n], "question": "What?", "answer": "a dog", "caption": f"A dog {n}."} for n in range(3)]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "in")
+    manifest = prepare(HuggingFace(tmp_path / "in"), tmp_path / "dogs").manifests["train"]
+    assert texts(Split(tmp_path / "dogs" / "train"))[0] == ["What?", "a dog"]
+    (note,) = to_look_at(manifest)
+    assert "column caption was left out" in note and "name=dogs_captions source.text=caption" in note
+    manifest = prepare(HuggingFace(tmp_path / "in", text="caption"), tmp_path / "dogs_captions").manifests["train"]
+    assert texts(Split(tmp_path / "dogs_captions" / "train"))[2] == ["", "A dog 2."] and not to_look_at(manifest)
 
 
 def test_classes_are_named_and_null_images_are_defects(photos, tmp_path):
