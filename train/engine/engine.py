@@ -9,9 +9,8 @@ import fnmatch
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +20,9 @@ from model.decoder.lora import add_adapters
 from model.vlm import VisionLanguageModel
 from train.config import OptimConfig, RunConfig, StageConfig
 from train.process import watchdog
+
+if TYPE_CHECKING:  # imported where an engine is built: plans need none of it, and it takes seconds
+    import deepspeed
 
 
 def deepspeed_config(config: RunConfig, world_size: int, accumulation: int) -> dict[str, Any]:
@@ -135,13 +137,17 @@ def build_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.o
         case "adamw":
             return torch.optim.AdamW(groups, **options, fused=True)
         case "deepspeed_cpu_adam":
-            return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **options, adamw_mode=True)
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            return DeepSpeedCPUAdam(groups, **options, adamw_mode=True)
         case "deepspeed_fused_adam":
-            return deepspeed.ops.adam.FusedAdam(groups, **options, adam_w_mode=True)
-        case "apex_fused_adam":
-            from apex.optimizers import FusedAdam
+            from deepspeed.ops.adam import FusedAdam
 
             return FusedAdam(groups, **options, adam_w_mode=True)
+        case "apex_fused_adam":
+            from apex.optimizers import FusedAdam as ApexAdam
+
+            return ApexAdam(groups, **options, adam_w_mode=True)
     raise UserError(f"optim.name={optim.name!r} is unknown")
 
 
@@ -184,6 +190,8 @@ class Engine:
     """
 
     def __init__(self, model: VisionLanguageModel, config: RunConfig, total_steps: int, accumulation: int) -> None:
+        import deepspeed
+
         self.config, self.accumulation = config, accumulation
         world = torch.distributed.get_world_size()
         if config.engine.gradient_checkpointing:
