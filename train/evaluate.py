@@ -39,7 +39,7 @@ from model.ops import NO_SAMPLE, set_backend, set_merge
 from model.vlm import VisionLanguageModel, build_model
 from train import config as configuration
 from train.config import DTYPES, ConfigError, MovedTo, RunConfig
-from train.data import EvalLoader, load_preprocessor, make_text, open_split, open_train_split
+from train.data import EvalBatch, EvalLoader, load_preprocessor, make_text, open_split, open_train_split
 from train.engine.export import load_connector, trained_part
 from train.measure import card, scoring, tracking, weight_space
 from train.measure.scoring import Question
@@ -95,13 +95,25 @@ def load_model(config: RunConfig, run: Path, device: torch.device) -> VisionLang
 
 
 def answer(
-    model: VisionLanguageModel, loader: EvalLoader, max_new_tokens: int, device: torch.device, merge: bool = False
+    model: VisionLanguageModel,
+    loader: EvalLoader,
+    max_new_tokens: int,
+    device: torch.device,
+    merge: bool = False,
+    first: list[EvalBatch] | None = None,
 ) -> list[dict[str, Any]]:
-    """One record per question of this rank: sample, dialogue, question, answer, prediction."""
+    """One record per question of this rank: sample, dialogue, question, answer, prediction.
+
+    `first` gets the batches that `weight_space.measure` needs, so that their images are read once.
+    """
     records: list[dict[str, Any]] = []
+    kept: set[str] = set()
     for evaluation in tqdm(loader, desc="evaluate", unit="batch", disable=distributed.rank() > 0, mininterval=10):
         if not evaluation.items:
             continue
+        if first is not None and len(kept) < weight_space.MOST:
+            first.append(evaluation)
+            kept.update(item.sample for item in evaluation.items if item.shown)
         batch = evaluation.batch.to(device, next(model.parameters()).dtype)
         if merge:
             texts, report = merged_answers(model, batch, evaluation.encoders, max_new_tokens)
@@ -176,11 +188,14 @@ def main() -> int:
     model = load_model(config, run, device)
     if options.merge and model.placement is None:
         raise ConfigError(f"merge=true: {run} has connector={config.connector.name}, which makes no weights")
+    longest = options.max_new_tokens or config.evaluation.max_new_tokens
+    first: list[EvalBatch] | None = (
+        [] if options.images == "real" and model.placement is not None and rank == 0 else None
+    )
     started = time.perf_counter()
-    records = answer(model, loader, options.max_new_tokens or config.evaluation.max_new_tokens, device, options.merge)
+    records = answer(model, loader, longest, device, options.merge, first)
     seconds = time.perf_counter() - started
-    seen = options.images == "real" and model.placement is not None and rank == 0
-    space = weight_space.measure(model, loader, device) if seen else None
+    space = None if first is None else weight_space.measure(model, first, device)
     if world > 1:
         gathered: list[Any] = [None] * world
         dist.all_gather_object(gathered, records)
