@@ -356,14 +356,16 @@ def describe(config: RunConfig, world_size: int, load: Workload, found: MemoryPl
     if engine.offload_optimizer:
         lines.append(f"{'in host memory':<20}{found.host / 2**30:>8.2f}")
     for checkpointing in (False, True):
-        label = f"total, gradient_checkpointing={str(checkpointing).lower()}"
-        lines.append(f"{label:<40}{found.total(checkpointing) / 2**30:>8.2f}")
+        kept = "with layers recomputed" if checkpointing else "with all activations"
+        label = f"total {kept} (gradient_checkpointing={str(checkpointing).lower()})"
+        lines.append(f"{label:<64}{found.total(checkpointing) / 2**30:>8.2f}")
     if limit is None:
-        lines.append("set engine.memory_gib to the memory of a rank of the machine this will run on, to compare")
+        lines.append("fits? set engine.memory_gib to the memory of a rank of the machine this will run on, to know")
     else:
-        fits = [not c for c in (False, True) if found.total(c) <= USABLE * limit]
-        verdict = "auto means " + str(found.needs_checkpointing(limit)).lower()
-        if not fits:
-            verdict += "; DOES NOT FIT even so: lower engine.micro_batch_size"
-        lines.append(f"of {limit / 2**30:.1f} GiB, {USABLE:.0%} usable: {verdict}")
+        whose = "engine.memory_gib" if engine.memory_gib is not None else "a rank's share of this machine"
+        fits = next((mode for mode in (False, True) if found.total(mode) <= USABLE * limit), None)
+        verdict = f"fits with gradient_checkpointing={str(fits).lower()}, which `auto` takes"
+        if fits is None:
+            verdict = "DOES NOT FIT, even with layers recomputed: lower engine.micro_batch_size"
+        lines.append(f"of {limit / 2**30:.1f} GiB ({whose}), {USABLE:.0%} usable: {verdict}")
     return "\n".join(lines)
