@@ -122,16 +122,18 @@ def main() -> int:
     options: Options = parse_options(Options, sys.argv[1:], __doc__)
     files = image_files(options.image)
     model, processor = options.open()
-    asking = "> " if sys.stdin.isatty() else ""
+    typed = sys.stdin.isatty()
     with Conversation(model, processor, files, options.merge) as talk:
         print(f"{options.run}: {', '.join(map(str, files)) or 'no image yet: /image PATH'}; /help", file=sys.stderr)
         while True:
             try:
-                line = input(asking).strip()
+                line = input("> " if typed else "").strip()
             except EOFError:
                 return 0
             if not line:
                 continue
+            if not typed:
+                print(f"> {line}", flush=True)  # nobody has typed it: it would stand nowhere in the transcript
             try:
                 if line.startswith("/"):
                     told = command(talk, line)
