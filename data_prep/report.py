@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
+from common.arguments import Parser
 from common.files import write_atomically
 from data_prep.store.manifest import Manifest, read_manifest
 
@@ -139,7 +139,7 @@ def _plot(manifest: Manifest, file: Path) -> None:
 
 def main() -> int:
     """Write reports again."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.report", description=main.__doc__)
+    parser = Parser(prog="python -m data_prep.report", description=main.__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="SPLIT_FOLDER")
     for folder in parser.parse_args().folders:
         print(write(folder))

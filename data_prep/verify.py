@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.arguments import Parser
 from data_prep.store.errors import DataError, Defect
 from data_prep.store.images import MAX_PIXELS, describe, open_image
 from data_prep.store.sample import ROLES, Dialogue, Dropped, Sample
@@ -149,7 +149,7 @@ def bucket(value: int, bits: int = 1) -> str:
 
 def main() -> int:
     """Compare prepared splits with their checksums."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.verify", description=main.__doc__)
+    parser = Parser(prog="python -m data_prep.verify", description=main.__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="SPLIT_FOLDER")
     for folder in parser.parse_args().folders:
         split = Split(folder)

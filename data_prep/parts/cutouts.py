@@ -8,7 +8,6 @@ names of our own beside `cutouts.json`, which lists them and their licences (`da
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import re
@@ -20,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
+from common.arguments import Parser
 from common.files import file_sha256
 from data_prep.parts.builtin import cache_dir
 from data_prep.sources.scenes import LIST, Cutout
@@ -193,7 +193,7 @@ def _store(data: bytes, file: Path) -> bool:
 
 def main() -> int:
     """Fetch and make sets of cut-outs."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.parts.cutouts", description=main.__doc__)
+    parser = Parser(prog="python -m data_prep.parts.cutouts", description=main.__doc__)
     parser.add_argument("names", nargs="*", default=["emoji"], metavar="SET", help=f"of {', '.join(SETS)} (emoji)")
     parser.add_argument("--cache", type=Path, help="default: $VLORA_CACHE, or .cache of the repository")
     parser.add_argument("--downloads", type=Path, help="folder of the archives (default: CACHE/wheels)")

@@ -8,7 +8,6 @@ weights.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from common.arguments import Parser, whole
 from data_prep.parts.builtin import cache_dir
 from data_prep.store.errors import DataError
 from data_prep.store.split import Split
@@ -117,9 +117,9 @@ def _compact(file: Path) -> str:
 
 def main() -> int:
     """Make the model in the cache."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.parts.tiny_llm", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m data_prep.parts.tiny_llm", description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=None, help="default: $VLORA_CACHE or .cache")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=whole(1, 10**6), default=150)
     arguments = parser.parse_args()
     cache = arguments.cache or cache_dir()
     data = cache / "data" / "easy_vqa"

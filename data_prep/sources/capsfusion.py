@@ -12,7 +12,6 @@ order the rows are read, a smaller subset is part of a larger one, and it can be
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import re
@@ -26,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from common.arguments import Parser
 from common.settings import setting
 from data_prep.sources import below, tars
 from data_prep.store.errors import DataError, Defect
@@ -230,7 +230,7 @@ def select(urls: Path, out: Path, fraction: float) -> tuple[int, int]:
 
 def main() -> int:
     """Cut a subset out of CapsFusion's Parquet files before fetching."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.sources.capsfusion", description=main.__doc__)
+    parser = Parser(prog="python -m data_prep.sources.capsfusion", description=main.__doc__)
     parser.add_argument("urls", type=Path, help="folder of CapsFusion's Parquet files")
     parser.add_argument("out", type=Path, help="folder for the smaller ones")
     parser.add_argument("--fraction", type=float, required=True, help="share of the rows to keep, e.g. 0.4")

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common.arguments import Parser, whole
+from common.errors import run_cli
 from common.files import read_json, write_json
 
 PAYS = 0.97
@@ -69,8 +71,10 @@ def measure(tokens: int, n: int, d: int, r: int, dtype: torch.dtype = torch.bflo
 
 def main() -> None:
     """Measure the given shapes and write the table of this GPU."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", nargs="+", type=int, help="TOKENS D_OUT D_IN RANK, repeated")
+    parser = Parser(
+        prog="python -m model.ops.tuner", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("shape", nargs="+", type=whole(1), help="TOKENS D_OUT D_IN RANK, repeated")
     numbers = parser.parse_args().shape
     if len(numbers) % 4:
         parser.error("shapes are groups of four numbers: TOKENS D_OUT D_IN RANK")
@@ -89,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

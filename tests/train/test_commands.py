@@ -15,6 +15,7 @@ from common.places import cache
 from tests.train import world
 from tests.train.config.test_wrong_values import COMMANDS, members
 from tests.train.harness.runs import make_run
+from tests.train.world import ROOT
 from tests.vlora.conftest import parts  # noqa: F401  (a fixture)
 
 RUN, IMAGE = "run={run}", "image={image}"
@@ -75,6 +76,24 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
          "questions=x", "batch=1.5", "out={run}"],
     ),
 }  # fmt: skip
+PARSED: dict[str, tuple[list[str], list[list[str]]]] = {
+    "train.chain": (
+        ["made"],
+        [["--nodes", "0"], ["--nodes", "two"], ["--tasks-per-node", "-1"], ["--sbatch", "time"],
+         ["--evaluate-sbatch", "=5"], ["--prepare-sbatch", "time="], ["--statsu"], ["--status"]],
+    ),
+    "train.sweep_report": ([], [["nowhere"], ["{run}"], ["{image}"], ["{run}", "--max-samples", "0"], []]),
+    "data_prep.verify": ([], [["nowhere"], ["{run}"], ["{image}"], []]),
+    "data_prep.report": ([], [["nowhere"], ["{run}"], ["{image}"], []]),
+    "data_prep.sources.capsfusion": (
+        ["{run}", "made"], [["--fraction", "0"], ["--fraction", "half"], ["--fraction", "nan"], []],
+    ),
+    "data_prep.parts.tiny_llm": ([], [["--steps", "0"], ["--steps", "1e9"], ["--cache", "{run}"]]),
+    "data_prep.parts.cutouts": ([], [["emojis"], ["--cash", "x"]]),
+    "data_prep.parts.builtin": ([], [["smolm2"], ["--cash", "x"]]),
+    "model.ops.tuner": ([], [["1", "2", "3"], ["0", "1", "1", "1"], ["a"], []]),
+}  # fmt: skip
+"""Commands of words and --options: what makes each whole, and wrong words."""
 FREE = {"serve.ask question", "serve.__main__ name", "train.tables split", "train.official cache_dir"}
 """Texts that mean what they say, whatever they say."""
 TESTED_ELSEWHERE = {"train.official llm", "train.official vision", "train.benchmark split", "train.benchmark llm.path",
@@ -98,6 +117,27 @@ def test_every_text_of_every_command_is_tried():
         for key, kind, allowed, _ in settings.keys(schema):
             if str in members(kind) and not allowed.choices and f"{name} {key}" not in FREE | TESTED_ELSEWHERE:
                 assert key in tried, f"{name} {key}"
+
+
+def test_every_parser_is_tried():
+    files = [file for room in ("train", "serve", "data_prep", "model") for file in (ROOT / room).rglob("*.py")]
+    found = {file for file in files if "Parser(prog=" in file.read_text()}
+    names = {".".join(file.relative_to(ROOT).with_suffix("").parts) for file in found}
+    assert names - {"train.demo", "train.engine.weights_only"} == PARSED.keys()
+
+
+@pytest.mark.parametrize(("command", "wrong"), [(name, word) for name, (_, cases) in PARSED.items() for word in cases])
+def test_wrong_words_are_one_line_and_nothing_is_written(command, wrong, places, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = [word.format(**places) for word in (*PARSED[command][0], *wrong)]
+    before = sorted(places["home"].rglob("*"))
+    monkeypatch.setattr("sys.argv", [command, *words])
+    code = report_errors(importlib.import_module(command).main)
+    out, err = capsys.readouterr()
+    assert code == 2 and not out and re.fullmatch(r"error: [^\n]{10,400}\n", err), err
+    named = wrong or ["required"]
+    assert any(word.format(**places) in err for word in named), err
+    assert list(Path().rglob("*")) == [] and sorted(places["home"].rglob("*")) == before
 
 
 @pytest.mark.parametrize(("command", "wrong"), [(name, word) for name, (_, words) in CASES.items() for word in words])
