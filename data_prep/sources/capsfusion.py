@@ -206,11 +206,11 @@ def select(urls: Path, out: Path, fraction: float) -> tuple[int, int]:
     Raises:
         DataError: no files, another fraction than above 0 and up to 1, or no column `image_url`.
     """
+    if not 0 < fraction <= 1:
+        raise DataError(f"--fraction {fraction}: above 0 and at most 1")
     files = sorted(urls.glob("*.parquet"))
     if not files:
         raise DataError(f"{urls} holds no .parquet file")
-    if not 0 < fraction <= 1:
-        raise DataError(f"--fraction {fraction}: above 0 and at most 1")
     out.mkdir(parents=True, exist_ok=True)
     last = np.uint64(min(round(fraction * 2**64), 2**64 - 1))
     kept = total = 0

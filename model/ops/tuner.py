@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("shape", nargs="+", type=whole(1), help="TOKENS D_OUT D_IN RANK, repeated")
     numbers = parser.parse_args().shape
     if len(numbers) % 4:
-        parser.error("shapes are groups of four numbers: TOKENS D_OUT D_IN RANK")
+        parser.error(f"{len(numbers)} numbers: shapes are groups of four numbers: TOKENS D_OUT D_IN RANK")
     if not torch.cuda.is_available():
         parser.error("no CUDA device: the fused GEMM is only used where it has been measured")
     path = table_path(torch.cuda.get_device_name())

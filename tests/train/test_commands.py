@@ -12,11 +12,15 @@ import pytest
 from common import settings
 from common.errors import report_errors
 from common.places import cache
+from serve import chat
 from tests.train import world
 from tests.train.config.test_wrong_values import COMMANDS, members
 from tests.train.harness.runs import make_run
 from tests.train.world import ROOT
 from tests.vlora.conftest import parts  # noqa: F401  (a fixture)
+from train import evaluate
+from train.data import EvalLoader
+from train.measure.results import Evaluation
 
 RUN, IMAGE = "run={run}", "image={image}"
 ASKED = [RUN, IMAGE, "question=what color?"]
@@ -121,9 +125,11 @@ def test_every_text_of_every_command_is_tried():
 
 def test_every_parser_is_tried():
     files = [file for room in ("train", "serve", "data_prep", "model") for file in (ROOT / room).rglob("*.py")]
-    found = {file for file in files if "Parser(prog=" in file.read_text()}
-    names = {".".join(file.relative_to(ROOT).with_suffix("").parts) for file in found}
-    assert names - {"train.demo", "train.engine.weights_only"} == PARSED.keys()
+    texts = {".".join(file.relative_to(ROOT).with_suffix("").parts): file.read_text() for file in files}
+    assert {name for name, text in texts.items() if "from common.arguments import Parser" in text} == PARSED.keys()
+    plain = {name for name, text in texts.items() if "argparse.ArgumentParser(" in text}
+    # The demo's own, which it gives its stages; one that no user calls; and one without words.
+    assert plain <= {"train.demo", "train.engine.weights_only", "model.ops.cuda.build"}
 
 
 @pytest.mark.parametrize(("command", "wrong"), [(name, word) for name, (_, cases) in PARSED.items() for word in cases])
@@ -135,8 +141,7 @@ def test_wrong_words_are_one_line_and_nothing_is_written(command, wrong, places,
     code = report_errors(importlib.import_module(command).main)
     out, err = capsys.readouterr()
     assert code == 2 and not out and re.fullmatch(r"error: [^\n]{10,400}\n", err), err
-    named = wrong or ["required"]
-    assert any(word.format(**places) in err for word in named), err
+    assert any(word in err for word in [*words, "required"]), err
     assert list(Path().rglob("*")) == [] and sorted(places["home"].rglob("*")) == before
 
 
@@ -158,3 +163,20 @@ def test_a_wrong_value_is_one_line_and_nothing_is_written(command, wrong, places
     named = [key.partition(".")[0], *re.split("[,=]", words[-1].partition("=")[2])]
     assert any(word and word in said[0] for word in named), said[0]
     assert list(Path().rglob("*")) == [] and sorted(places["home"].rglob("*")) == before
+
+
+def test_a_piped_chat_shows_its_questions(places, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["serve.chat", f"run={places['run']}", f"image={places['image']}"])
+    monkeypatch.setattr("sys.stdin", io.StringIO("what color?\n\n/images\n"))
+    assert chat.main() == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith(">")]
+    assert said == ["> what color?", "> /images"]
+
+
+def test_an_evaluation_reads_its_images_once(places, monkeypatch, capsys):
+    read, original = [], EvalLoader.__iter__
+    monkeypatch.setattr(EvalLoader, "__iter__", lambda loader: read.append(loader) or original(loader))
+    monkeypatch.setattr("sys.argv", ["train.evaluate", f"run={places['run']}"])
+    assert evaluate.main() == 0 and len(read) == 1
+    (file,) = (places["run"] / "evaluation").glob("*.json")
+    assert Evaluation.read(file).weights is not None

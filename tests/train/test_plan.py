@@ -1,11 +1,15 @@
 """The plan's counts are the paper's, and its memory and step follow from its own rates."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from common.errors import ConfigError
 from model.connectors import VLoRAConnector
 from model.loading import build_llm
+from tests.train.world import ROOT
 from train import plan
 from train.config import compose_overrides, resolve
 
@@ -29,6 +33,12 @@ def test_counts_are_the_papers():
         with torch.device("meta"):
             connector = VLoRAConnector.build(config, llm, 576, 1024)
         assert sum(p.numel() for p in connector.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+def test_a_plan_imports_no_deepspeed():
+    """It warns about accelerators when it is imported."""
+    code = "import sys, train.plan, train.__main__; sys.exit('deepspeed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=300).returncode == 0
 
 
 def test_the_table_shows_every_row_once_and_wrong_words_are_named():

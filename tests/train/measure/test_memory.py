@@ -1,5 +1,7 @@
 """The memory plan: its activations against those of a real pass, its states against ZeRO's formulas."""
 
+import re
+
 import pytest
 import torch
 
@@ -181,3 +183,16 @@ def test_memory_of_a_rank():
     assert memory.available(config) is None
     cpu = torch.device("cpu")
     assert memory.available(config, cpu, 2) == memory.available(config, cpu, 1) // 2 > 0
+
+
+@pytest.mark.parametrize(("gib", "verdict"), [
+    (0.9, "fits with gradient_checkpointing=false, which `auto` takes"), (0.6, "fits with gradient_checkpointing=true"),
+    (0.3, "DOES NOT FIT"), (None, "fits? set engine.memory_gib"),
+])  # fmt: skip
+def test_a_plan_says_whether_it_fits_and_whose_memory_that_is(gib, verdict):
+    config = configuration(memory_gib=gib)
+    plan = MemoryPlan(*(round(part * 2**20) for part in (100, 50, 150)), buffers=0, update=0,
+                      activations=500 * 2**20, checkpointed=200 * 2**20)  # fmt: skip
+    text = memory.describe(config, 2, LOAD, plan, memory.available(config))
+    assert verdict in text.splitlines()[-1] and ("engine.memory_gib" in text.splitlines()[-1])
+    assert re.search(r"all activations.*=false\) +0\.78", text) and re.search(r"recomputed.*=true\) +0\.49", text)
