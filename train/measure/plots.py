@@ -40,7 +40,7 @@ plt.rcParams.update(_STYLE)
 
 
 def training(runs: Sequence[Results], file: Path) -> None:
-    """Loss with validation points, learning rates and the image share of A against the step; a column per stage."""
+    """Loss with validation points, learning rates and what of A differs by image, by step; a column per stage."""
     stages: dict[str, list[Results]] = {}
     for run in runs:
         stages.setdefault(run.config.stage.name, []).append(run)
@@ -62,7 +62,7 @@ def training(runs: Sequence[Results], file: Path) -> None:
         if shares:
             for run, color in zip(members, _cycle(COLORS), strict=False):
                 axes[2][column].plot(*run.series("image_share"), "o-", ms=3, color=color)
-            axes[2][column].set(ylabel="image share of A", ylim=(0, 1.05))
+            axes[2][column].set(ylabel="share of A that differs\nfrom image to image", ylim=(0, 1.05))
             axes[2][column].set_title("share of A's energy that varies with the image", fontsize=9)
         axes[-1][column].set_xlabel("step")
         axes[-1][column].xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -144,7 +144,8 @@ def _training(out: Path, runs: Sequence[Results], missing: list[str]) -> list[st
     lines += [_row(name, *(plain(column.get(name, "")) for column in columns)) for name in names]
     seconds = sum(float(run.steps[-1]["seconds"]) for run in runs if run.steps)
     asked = sum(each.seconds for run in runs for each in run.evaluations)
-    lines += ["", f"Steps {_duration(seconds)}, answering {_duration(asked)} in all (without start-up).", ""]
+    times = f"All steps of training took {_duration(seconds)}, all evaluations {_duration(asked)}"
+    lines += ["", f"{times}; loading models, data and features comes on top.", ""]
     for run in runs:
         if run.config.init_from and not any(str(other.path) == run.config.init_from for other in runs):
             missing.append(
@@ -181,7 +182,8 @@ def _facts(run: Results) -> dict[str, str]:
         rows["loss, mean of the last 10 steps"] = (
             f"{sum(r['loss'] for r in run.steps[-10:]) / len(run.steps[-10:]):.4f}"
         )
-    for name, key in (("validation loss", "val_loss"), ("image share of A", "image_share")):
+    differs = "generated weights (A): share that differs from image to image"
+    for name, key in (("validation loss", "val_loss"), (differs, "image_share")):
         if (value := run.last(key)) is not None:
             rows[name] = f"{value:.4f}"
     ranks = f"{facts.get('world_size', '?')} ranks"
