@@ -76,7 +76,8 @@ class Scenes:
     Attributes:
         path: Folder of the cut-outs.
         samples: Pictures of `train`; `caption_train` has as many others, the other splits a tenth, at least 50.
-        names: Objects of every category at most, those with the shortest names of letters alone first; null: all.
+        names: Of every category at most, the shortest of letters alone first; null: all.
+        objects: In a picture at most.
         side: Of the pictures, in pixels.
         questions: Questions about a picture at most, each of another kind.
         style: Only cut-outs of this style; null: all of them, but for those of `test_style`.
@@ -88,6 +89,7 @@ class Scenes:
     path: Path = setting(path=True)
     samples: int = setting(4000, within="[1, 1e10]")
     names: int | None = setting(None, within="[6, 1e6]")
+    objects: int = setting(4, within="[2, 4]")
     side: int = setting(112, within="[8, 8192]")
     questions: int = setting(4, within="[1, 8]")
     style: str | None = None
@@ -146,7 +148,7 @@ class Scenes:
     def _moved(self, number: int, objects: dict[str, list[Cutout]]) -> Sample:
         """One of a pair: in 2 n + 1 the two objects that are asked for stand where the other was in 2 n."""
         random = Random(f"{self.seed}/test_moved/{number // 2}")
-        scene = compose(random, objects, random.randint(2, 4))
+        scene = compose(random, objects, random.randint(2, self.objects))
         one, other = random.sample(range(len(scene)), 2)
         if number % 2:
             first, second = scene[one], scene[other]
@@ -165,7 +167,7 @@ class Scenes:
         if split.startswith("caption_"):
             scene = compose(random, objects, random.choice((1, 1, 2)))
             return Sample(name, [self._draw(scene, random)], [_caption(random, scene)], "scenes")
-        scene = compose(random, objects, random.randint(1, 4))
+        scene = compose(random, objects, random.randint(1, self.objects))
         dialogues: list[Dialogue] = []
         references: list[Reference] = []
         for kind in random.sample(sorted(QUESTIONS), len(QUESTIONS)):

@@ -121,6 +121,22 @@ def test_of_a_moved_pair_the_question_stays_and_the_answer_turns(made):
         assert (before == after).all(-1).mean() > 0.2  # the background is the same
 
 
+def test_fewer_names_and_fewer_objects_make_easier_scenes(cutouts):
+    easy = Scenes(cutouts, samples=60, names=6, objects=2)
+    shown = {kind: {each.name for each in listed} for kind, listed in easy._objects("train").items()}
+    held = {kind: {each.name for each in listed} for kind, listed in easy._objects("test_objects").items()}
+    for category, names in NAMES.items():
+        kept = sorted(names, key=lambda name: (len(name), name))[:6]
+        assert sorted(shown[category] | held[category]) == sorted(kept) and not shown[category] & held[category]
+    counts = Counter(
+        talk[1]["content"]
+        for sample in easy.read("train", [0, 60])
+        for talk in sample.conversations
+        if talk[0]["content"] in ("How many objects are in the picture?", "How many things do you see?")
+    )
+    assert set(counts) == {"1", "2"}
+
+
 def test_what_is_wrong_is_named(cutouts, tmp_path):
     with pytest.raises(DataError, match="has no cutouts.json and no CATEGORY/NAME.png"):
         prepare(Scenes(tmp_path), tmp_path / "out")
