@@ -92,11 +92,11 @@ class Site:
         path = self.folder / f"{job}.log"
         return path.read_text() if path.exists() else ""
 
-    def reach(self, run: Path, step: int, timeout: float = 300) -> None:
+    def reach(self, run: Path, step: int, timeout: float = 900) -> None:
         """Wait until a run has done so many steps."""
         assert wait(lambda: last_step(run) >= step, timeout), f"{run} stays at step {last_step(run)}"
 
-    def complete(self, job: str, run: Path, timeout: float = 300) -> Losses:
+    def complete(self, job: str, run: Path, timeout: float = 900) -> Losses:
         """Wait for a job that must succeed; returns (step, loss) of its run."""
         state = self.cluster.finish(job, timeout)
         assert state == "COMPLETED" and (run / "DONE").exists(), f"{state}\n{self.log(job)}"

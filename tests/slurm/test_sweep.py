@@ -95,7 +95,7 @@ def test_two_by_two_sweep_and_its_report(site: Site, monkeypatch: pytest.MonkeyP
         monkeypatch.setenv(name, site.cluster.env[name])
     assert wait(lambda: "RUNNING" in slurm.states(job).values(), 30)
     assert {row["state"] for row in sweep_report.collect(folder)} == {"running", "waiting"}
-    state = site.cluster.finish(job, 300)
+    state = site.cluster.finish(job, 900)
     logs = "".join(f.read_text()[-1500:] for f in site.folder.glob("sweep-*.log"))
     assert state == "COMPLETED", logs
     (folder / "3/DONE").unlink()
