@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import vlora
 from tests.train import world
 from train.measure.tracking import read_metrics
+from vlora import Conversation
 
 
 def losses(run):
@@ -55,6 +56,15 @@ def test_adapters_train_resume_bit_for_bit_and_are_folded_in(tmp_path):
     model, processor = vlora.load(run)
     torch.testing.assert_close(model.model.llm(input_ids=ids).logits, theirs, rtol=1e-5, atol=1e-5)
     assert "llm through adapters of rank 4" in (run / "export/README.md").read_text()
+
+    # A question at the command line is answered by the merged LLM.
+    (tmp_path / "red.png").write_bytes(world.picture(world.COLORS["red"]))
+    question = "what color is the shape?"
+    words = [f"run={run}", f"image={tmp_path}/red.png", f"question={question}", "--json"]
+    done = world.train(words, module="serve.ask")
+    assert done.returncode == 0, done.stderr
+    with Conversation(model, processor, [tmp_path / "red.png"]) as talk:
+        assert json.loads(done.stdout)["answers"][0]["answer"] == talk.ask(question)
 
     again = world.overrides(home, last, "stage=finetune", f"init_from={run}", "stage.train.llm=false", "stage.steps=1")
     for module, words in (("train.evaluate", [f"run={run}", "split=squares/val"]), ("train", again)):
