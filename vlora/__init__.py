@@ -5,7 +5,10 @@ Importing this package registers model type `vlora` with the Auto classes of tra
 Nothing distributed is started, and no code that lies in a folder is run.
 """
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+# Not from the package: there, transformers 5.17 hides it where torchvision is not installed.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from model.generator.weights import PerceptualWeights

@@ -48,12 +48,12 @@ def test_gradients_equal_plain_torch(results):
     ],
 )  # fmt: skip
 def test_three_steps_with_accumulation_and_clipping_equal_plain_torch(results, name):
-    assert results[f"trajectory/{name}/grad_norm"] < 1e-5
+    assert results[f"trajectory/{name}/grad_norm"] < 3e-5
     assert results[f"trajectory/{name}/weights"] < 2e-5
 
 
 def test_gradients_rounded_between_the_ranks_give_nearly_the_same_steps(results):
-    assert 1e-7 < results["trajectory/reduced_in_bf16/grad_norm"] < 1e-2
+    assert 1e-7 < results["trajectory/reduced_in_bf16/grad_norm"] < 2e-2
     assert results["trajectory/reduced_in_bf16/weights"] < 1e-3
 
 
