@@ -23,9 +23,11 @@ from typing import Any
 import psutil
 import torch
 
+from common.arguments import Parser, whole
 from common.errors import UserError, run_cli
 from common.files import read_json, write_atomically, write_json
 from model.connectors import CONNECTORS
+from train import config as configuration
 from train.config import DTYPES
 from train.process import launch
 from train.process.run_files import RunDir
@@ -163,14 +165,15 @@ def _child_seconds() -> float:
 
 def main() -> int:
     """Parse the command line and run the pipeline."""
-    parser = argparse.ArgumentParser(prog="python -m train.demo", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m train.demo", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder for runs and report")
     parser.add_argument("--data", default="easy_vqa", choices=list(SUBJECTS), help="what it learns to see")
     parser.add_argument("--connectors", nargs="+", default=["vlora"], choices=list(CONNECTORS))
     parser.add_argument("--llm", default="smollm2_135m", choices=["smollm2_135m", "tiny"])
-    parser.add_argument("--questions", type=int, default=2000, help="per split, a fixed random subset; 0: all")
+    parser.add_argument("--questions", type=whole(0), default=2000, help="per split, a fixed random subset; 0: all")
     parser.add_argument("overrides", nargs="*", help="further overrides for both stages, key=value")
     arguments = parser.parse_args()
+    configuration.compose_overrides(arguments.overrides)  # a wrong word, before any work
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
@@ -249,7 +252,6 @@ def _connector(connector: str, arguments: argparse.Namespace, steps: Steps, out:
 
 
 def _report(arguments: argparse.Namespace, steps: Steps, out: Path, results: dict[str, Any], seconds: float) -> int:
-    from train import config as configuration
     from train.measure import plots, report
     from train.measure.results import load, run_identity, stage_figures
 

@@ -86,6 +86,11 @@ PARSED: dict[str, tuple[list[str], list[list[str]]]] = {
         [["--nodes", "0"], ["--nodes", "two"], ["--tasks-per-node", "-1"], ["--sbatch", "time"],
          ["--evaluate-sbatch", "=5"], ["--prepare-sbatch", "time="], ["--statsu"], ["--status"]],
     ),
+    "train.demo": (
+        ["--out", "made"],
+        [["--data", "cats"], ["--llm", "big"], ["--connectors", "clip"], ["--questions", "-5"], ["--questions", "all"],
+         ["sed=1"], ["seed=one"], ["seed"], ["--seed", "1"]],
+    ),
     "train.sweep_report": ([], [["nowhere"], ["{run}"], ["{image}"], ["{run}", "--max-samples", "0"], []]),
     "data_prep.verify": ([], [["nowhere"], ["{run}"], ["{image}"], []]),
     "data_prep.report": ([], [["nowhere"], ["{run}"], ["{image}"], []]),
@@ -128,8 +133,8 @@ def test_every_parser_is_tried():
     texts = {".".join(file.relative_to(ROOT).with_suffix("").parts): file.read_text() for file in files}
     assert {name for name, text in texts.items() if "from common.arguments import Parser" in text} == PARSED.keys()
     plain = {name for name, text in texts.items() if "argparse.ArgumentParser(" in text}
-    # The demo's own, which it gives its stages; one that no user calls; and one without words.
-    assert plain <= {"train.demo", "train.engine.weights_only", "model.ops.cuda.build"}
+    # One that no user calls, and one without words.
+    assert plain <= {"train.engine.weights_only", "model.ops.cuda.build"}
 
 
 @pytest.mark.parametrize(("command", "wrong"), [(name, word) for name, (_, cases) in PARSED.items() for word in cases])
@@ -141,7 +146,8 @@ def test_wrong_words_are_one_line_and_nothing_is_written(command, wrong, places,
     code = report_errors(importlib.import_module(command).main)
     out, err = capsys.readouterr()
     assert code == 2 and not out and re.fullmatch(r"error: [^\n]{10,400}\n", err), err
-    assert any(word in err for word in [*words, "required"]), err
+    keys = [word.partition("=")[0] for word in words]
+    assert any(word in err for word in [*words, *filter(None, keys), "required"]), err
     assert list(Path().rglob("*")) == [] and sorted(places["home"].rglob("*")) == before
 
 
