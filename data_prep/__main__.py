@@ -30,7 +30,7 @@ def main() -> int:
         print(f"{wrong}: its shard was made anew")
     for split in result.manifests:
         # Also where a process was killed between manifest and report.
-        if split in result.made or not (folder / split / report.REPORT).is_file():
+        if split in result.made or not report.is_current(folder / split):
             report.write(folder / split)
     for split, manifest in result.manifests.items():
         state = "made" if split in result.made else "up to date"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from PIL import Image
+
 from common.arguments import Parser
 from common.files import write_atomically
 from data_prep.store.manifest import Manifest, read_manifest
@@ -30,6 +32,21 @@ def write(folder: Path) -> Path:
     _plot(manifest, folder / PLOTS)
     write_atomically(folder / REPORT, render(manifest))
     return folder / REPORT
+
+
+def is_current(folder: Path) -> bool:
+    """Whether report and plots are there, whole, and those of the manifest.
+
+    Raises:
+        DataError: no manifest.
+    """
+    manifest = read_manifest(folder)
+    try:
+        with Image.open(folder / PLOTS) as plots:
+            plots.verify()  # the checksums of its chunks
+        return (folder / REPORT).read_text(encoding="utf-8") == render(manifest)
+    except (OSError, SyntaxError, ValueError):
+        return False
 
 
 def to_look_at(manifest: Manifest) -> list[str]:

@@ -273,6 +273,29 @@ def test_report_says_what_the_manifest_says(photo, part, tmp_path):
     assert "| not fetched | HTTP Error 404 | 7 |" in text
 
 
+@pytest.mark.parametrize("name", [report.REPORT, report.PLOTS])
+def test_a_report_that_is_damaged_is_no_longer_current(photo, tmp_path, name):
+    prepare(Given([Sample("s", [photo], [exchange("a", "b")], "made")]), tmp_path)
+    folder = tmp_path / "train"
+    assert not report.is_current(folder)
+    report.write(folder)
+    sound = (folder / name).read_bytes()
+    middle = len(sound) // 2
+    for damaged in (
+        b"",
+        sound[:middle],
+        sound[:middle] + bytes([sound[middle] ^ 4]) + sound[middle + 1 :],
+        b"\xff" * 9,
+    ):
+        assert report.is_current(folder)
+        (folder / name).write_bytes(damaged)
+        assert not report.is_current(folder)
+        report.write(folder)
+        assert (folder / name).read_bytes() == sound
+    (folder / name).unlink()
+    assert not report.is_current(folder)
+
+
 def test_a_template_that_cannot_render_is_a_defect(part, tmp_path):
     talk = exchange("a", "b") + exchange("c", "d")
     options = Options("drop", 0.6, tokenizer=str(part("smollm2-135m-instruct")), template="plain")
