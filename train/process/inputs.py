@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from common.errors import ConfigError
+from data_prep.store.manifest import MANIFEST
 from data_prep.store.pixels import load_preprocessor
 from train.config import RunConfig, located, missing_models
 from train.data import is_prepared
@@ -19,7 +20,10 @@ def missing_data(config: RunConfig) -> list[str]:
     for key, path in splits.items():
         if not is_prepared(data, path):
             cure = "" if "train" in key else f", or set {key}=null"
-            lines.append(f"{key}={path}: no prepared split in {data.root}; make it with python -m data_prep{cure}")
+            folder = Path(data.root) / path
+            # Left by a preparation that did not end, or a copy that lost a file.
+            what = f"{folder} has no {MANIFEST}" if folder.is_dir() else f"no prepared split in {data.root}"
+            lines.append(f"{key}={path}: {what}; make it with python -m data_prep{cure}")
     run = config.init_from
     if run is not None and not RunDir(Path(run)).export.is_dir():
         lines.append(f"init_from={run}: {run} has no finished export; name the run to start from")

@@ -200,6 +200,11 @@ def test_missing_inputs_are_named_before_anything_starts(tmp_path, monkeypatch):
         require(resolve(compose_overrides([root, "data.train=a", "data.val=b"])))
     with pytest.raises(ConfigError, match=r"data\.test=easy_vqa/test: .*or set data\.test=null"):
         require(resolve(compose_overrides([root, "data.train=a", "data.val=null"])))
+    (tmp_path / "cut").mkdir()
+    with pytest.raises(
+        ConfigError, match=r"data\.val=cut: .*/cut has no manifest\.json; make it .*or set data\.val=null"
+    ):
+        require(resolve(compose_overrides([root, "data.train=a", "data.val=cut"])))
     mine = [root, "data.train=a", "data.val=null", "data.test=null"]
     assert require(resolve(compose_overrides(mine))) == []
     tuned = [*mine, "stage=finetune", "stage.freeze=[]", f"init_from={tmp_path}/run"]
