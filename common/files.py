@@ -7,6 +7,7 @@ import json
 import os
 import re
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,30 @@ def read_json(file: Path, remedy: str) -> dict[str, Any]:
         return unsealed(read_text(file, remedy))[0]
     except ValueError as error:
         raise DamagedFile(f"{file} is damaged: {error}; {remedy}") from error
+
+
+def read_records(file: Path, keys: Iterable[str], remedy: str) -> list[dict[str, Any]]:
+    """JSON lines, each an object with at least `keys`.
+
+    Args:
+        remedy: What the user can do about a file that cannot be used; ends the message.
+
+    Raises:
+        DamagedFile: it cannot be read, or a line is something else.
+    """
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(read_text(file, remedy).split("\n"), 1):  # other ends of lines may stand in a text
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise DamagedFile(f"{file}, line {number}, is damaged: no JSON ({error}); {remedy}") from error
+        if not isinstance(record, dict) or (missing := [key for key in keys if key not in record]):
+            what = f"it has no {missing[0]!r}" if isinstance(record, dict) else f"a {type(record).__name__}"
+            raise DamagedFile(f"{file}, line {number}, is damaged: {what}; {remedy}")
+        found.append(record)
+    return found
 
 
 def made_before_checksums(file: Path) -> bool:

@@ -11,7 +11,6 @@ no form for (`m`) is left out, and what that costs is measured on the images and
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from common.errors import ConfigError, UserError, run_cli
-from common.files import read_lines
+from common.files import read_lines, read_records
 from common.options import parse_options
 from common.settings import setting
 from model.config import MovedTo, parse_types
@@ -118,13 +117,15 @@ def sample_questions(options: Options, folder: Path) -> list[str]:
     """Questions in the manner of the training, where they are known.
 
     Raises:
-        UserError: no such file.
+        UserError: no such file, or one of the run's is damaged.
     """
     if options.questions is not None:
         return read_lines("questions", Path(options.questions))
     found: list[str] = []
     for file in sorted((folder.parent / "samples").glob("*.jsonl")):
-        found += [json.loads(line)["question"] for line in file.read_text(encoding="utf-8").splitlines()]
+        found += [
+            str(record["question"]) for record in read_records(file, ["question"], "remove it: it holds examples")
+        ]
     return list(dict.fromkeys(question for question in found if question)) or [_QUESTION]
 
 

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.errors import UserError, run_cli
+from common.files import read_json
 from common.options import parse_options
 from common.settings import setting
 from data_prep.store.pixels import load_preprocessor
@@ -189,7 +190,7 @@ def export_run(options: Options) -> Path:
     config = configuration.load(RunDir(run).config)
     if config.connector.name != "vlora":
         raise ConfigError(f"{run} has connector={config.connector.name}; only vlora has a released form")
-    imported = json.loads((run / RECORD).read_text(encoding="utf-8")) if (run / RECORD).is_file() else {}
+    imported = read_json(run / RECORD, "import it again") if (run / RECORD).is_file() else {}
     llm_folder = trained_part(run, "llm")
     llm = pretrained_config("llm", str(llm_folder or config.llm.path), None)
     state = folders.read_connector(folders.find(run, local_files_only=True))

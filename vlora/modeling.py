@@ -64,7 +64,7 @@ class VLoRAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.model = model
         self._merged = False
         self._paths: dict[str, str] = {}
-        self._card: str | None = None
+        self._card: bytes | None = None
         self._copies_parts = False  # in `push_to_hub`, which calls `save_pretrained` without options
         self._pushing = False
         self.post_init()
@@ -126,7 +126,7 @@ class VLoRAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         for name, part in (("llm", built.llm), ("vision", model.encoder)):
             part.requires_grad_(parts[name].get("base") is not None)
         model._paths = paths
-        model._card = (folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").is_file() else None
+        model._card = (folder / "README.md").read_bytes() if (folder / "README.md").is_file() else None
         model.to(_device(device_map)).eval()
         info: dict[str, list] = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
         return (model, info) if options.get("output_loading_info") else model  # type: ignore[return-value]
@@ -195,7 +195,7 @@ class VLoRAForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _upload_modified_files(self, working_dir: str, *args: Any, **options: Any) -> Any:
         if self._card is not None:  # in place of the empty one that transformers writes
-            (Path(working_dir) / "README.md").write_text(self._card, encoding="utf-8")
+            (Path(working_dir) / "README.md").write_bytes(self._card)
         return super()._upload_modified_files(working_dir, *args, **options)
 
     def perceive(self, pixel_values: Tensor, image_to_row: Tensor | None = None, rows: int = 1) -> PerceptualWeights:

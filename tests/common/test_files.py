@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from common.files import DamagedFile, damage, inside, read_json, remove_temporaries, seal, write_atomically, write_json
+from common.files import (
+    DamagedFile,
+    damage,
+    inside,
+    read_json,
+    read_records,
+    remove_temporaries,
+    seal,
+    write_atomically,
+    write_json,
+)
 from common.markdown import plain
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,3 +126,23 @@ def _opens_text(call: ast.Call) -> bool:
 
 
 _NO_TEXT = {"os", "Image", "tarfile", "zipfile"}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "no JSON"),
+        ("[]", "a list"),
+        ("7", "a int"),
+        ('{"answer": "b"}', "it has no 'question'"),
+        ("\0", "no JSON"),
+    ],
+)
+def test_a_damaged_record_is_named_by_file_and_line(tmp_path: Path, line: str, said: str) -> None:
+    file = tmp_path / "records.jsonl"
+    sound = '{"question": "a\u2028b", "answer": "c"}'
+    file.write_text(f"{sound}\n\n{sound}\n", encoding="utf-8")
+    assert read_records(file, ["question"], "make it again") == [{"question": "a\u2028b", "answer": "c"}] * 2
+    file.write_text(f"{sound}\n{line}\n", encoding="utf-8")
+    with pytest.raises(DamagedFile, match=f"records.jsonl, line 2, is damaged: .*{said}.*; make it again"):
+        read_records(file, ["question"], "make it again")

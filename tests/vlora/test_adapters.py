@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import gguf
@@ -48,6 +49,22 @@ def branch_logits(loaded, types, *colors):
 def prompts(processor):
     rows = [processor.text.encode_prompt([{"role": "user", "content": q}]) for q in QUESTIONS]
     return processor.batch(rows, [[] for _ in rows])
+
+
+def test_a_damaged_sample_of_the_run_is_named_and_a_damaged_card_changes_nothing(
+    monkeypatch, capsys, trained, images, tmp_path
+):
+    run, name = tmp_path / "run", next(iter(COLORS))
+    shutil.copytree(trained, run / "export")
+    (run / "samples").mkdir(exist_ok=True)
+    (run / "samples/step-000001.jsonl").write_text('["no record"]\n')
+    (run / "export/README.md").write_bytes(b"\x89 no text")
+    arguments = (f"run={run}/export", f"image={images}/{name}.png", f"out={tmp_path / 'out'}")
+    code, said = command(monkeypatch, capsys, *arguments)
+    assert code == 2 and "step-000001.jsonl, line 1, is damaged: a list; remove it" in said.err
+    (run / "samples/step-000001.jsonl").unlink()
+    code, said = command(monkeypatch, capsys, *arguments)
+    assert code == 0, said.err
 
 
 def test_peft_computes_what_the_branch_computes(monkeypatch, capsys, trained, loaded, images, tmp_path, parts):

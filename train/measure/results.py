@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable
@@ -11,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from common.files import DamagedFile, read_json, read_text
+from common.files import DamagedFile, read_json, read_records
 from train import config as configuration
 from train.config import RunConfig
 from train.data import open_split
@@ -99,11 +98,8 @@ class Evaluation:
         Raises:
             DamagedFile: the file beside the scores is missing or damaged.
         """
-        file = self.file.with_suffix(".jsonl")
-        try:
-            return [json.loads(line) for line in read_text(file, _AGAIN).split("\n") if line]
-        except ValueError as error:
-            raise DamagedFile(f"{file} is damaged: {error}; {_AGAIN}") from error
+        keys = ("sample", "dialogue", "question", "answer", "prediction", "type", "right")
+        return read_records(self.file.with_suffix(".jsonl"), keys, _AGAIN)
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ def test_a_damaged_evaluation_is_named(data, tmp_path, monkeypatch, capsys):
     answer(run, "real", {}, capsys)
     (run / "evaluation/test-real.jsonl").write_text('{"sample": "squ')
     monkeypatch.setattr(sys, "argv", ["train.report", f"run={run}"])
-    with pytest.raises(UserError, match=r"test-real.jsonl is damaged.*evaluate the run again"):
+    with pytest.raises(UserError, match=r"test-real.jsonl, line 1, is damaged.*evaluate the run again"):
         report.main()
     assert not (run / "report").exists()
 
