@@ -8,6 +8,7 @@ import uuid
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -175,6 +176,19 @@ def build_manifest(folder: Path, shards: list[Shard], dataset: str, split: str, 
     )
 
 
+def map_array(file: Path) -> np.ndarray:
+    """An array of a `.npy` file, memory-mapped.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is no array. NumPy reads a damaged header as Python, and raises whatever Python does.
+    """
+    try:
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except (EOFError, TypeError, OverflowError, MemoryError, SyntaxError, TokenError) as error:
+        raise ValueError(f"no array ({error})") from error
+
+
 def read_array(file: Path, dtype: np.dtype) -> np.ndarray:
     """A one-dimensional array of a prepared split, memory-mapped.
 
@@ -182,10 +196,10 @@ def read_array(file: Path, dtype: np.dtype) -> np.ndarray:
         DataError: it is missing or no such array.
     """
     try:
-        found = np.load(file, mmap_mode="r", allow_pickle=False)
+        found = map_array(file)
     except FileNotFoundError as error:
         raise DataError(f"{file} is missing; {AGAIN}") from error
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError) as error:
         raise DataError(f"{file} is damaged: it is no array that can be read; {AGAIN}") from error
     if found.dtype != dtype or found.ndim != 1:
         raise DataError(f"{file} is damaged: it holds {found.dtype} {list(found.shape)}; {AGAIN}")

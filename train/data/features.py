@@ -17,6 +17,7 @@ from torch import Tensor
 
 from common.files import DamagedFile, block_checksum, damage, digest, read_json, seal, sync, write_json
 from data_prep.store.errors import DataError
+from data_prep.store.manifest import map_array
 from data_prep.store.pixels import ImageInput, PixelPreprocessor
 from data_prep.store.split import Split
 
@@ -51,10 +52,9 @@ class FeatureCache(ImageInput):
         self.dtype, stored = DTYPES[self.meta["dtype"]]
         try:
             self._keys, self._checksums, self._features = (
-                np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-                for name in ("keys", "checksums", "features")
+                map_array(self.folder / f"{name}.npy") for name in ("keys", "checksums", "features")
             )
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError) as error:
             raise DamagedFile(f"{self.folder}: features.npy is damaged ({error})") from error
         if (list(self._features.shape), self._features.dtype) != (self.meta["shape"], np.dtype(stored)):
             raise DamagedFile(f"{self.folder}: features.npy is not what was written")

@@ -12,6 +12,7 @@ from data_prep.division import Divided
 from data_prep.prepare import Options, Task, prepare
 from data_prep.sources.synthetic import Synthetic
 from data_prep.store.errors import DataError
+from data_prep.store.manifest import map_array
 from data_prep.store.split import Split
 from tests.data_prep.store.test_store import Numbers
 
@@ -147,3 +148,17 @@ def test_any_layout_gives_the_same_samples(tmp_path_factory, size, unit, tasks, 
     assert [sample.id for sample in split] == [f"synthetic/{n}" for n in range(size)]
     assert split[size - 1] == next(iter(Synthetic(size, words=4).read("train", [size - 1, size])))
     assert len(split.index()) == size and split.index()["images"].sum() == size
+
+
+def test_any_flipped_bit_of_an_arrays_header_is_no_more_than_a_value_error(tmp_path):
+    file = tmp_path / "index.npy"
+    np.save(file, np.arange(6))
+    sound = file.read_bytes()
+    for bit in range(8 * 128):
+        changed = bytearray(sound)
+        changed[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(changed)
+        try:
+            map_array(file)
+        except (ValueError, OSError):
+            continue
