@@ -108,12 +108,39 @@ class LocalLauncherConfig:
     finetune: bool = False
 
 
-class LocalLauncher(BasicLauncher):
+class _Launcher(BasicLauncher):
+    """What the launchers share: keys that are checked, and points whose errors end the sweep."""
+
+    keys: LocalLauncherConfig | SlurmLauncherConfig
+
+    def _begin(self) -> tuple[DictConfig, Path]:
+        """The configuration and the folder of the sweep.
+
+        Raises:
+            ConfigError, UserError: a key is wrong, or asks for a stage 2 that cannot follow.
+        """
+        assert self.config is not None  # `setup` was called before
+        settings.check(self.keys, "hydra.launcher.")  # not sooner: Hydra would wrap the error in one of its own
+        if self.keys.finetune:
+            require_pretraining(self.config)
+        return self.config, Path(self.config.hydra.sweep.dir).absolute()
+
+    def _run(self, job_overrides: Sequence[Sequence[str]], first: int) -> Sequence[JobReturn]:
+        """Each point in turn, here and now."""
+        results = super().launch(job_overrides, first)
+        for result in results:
+            _ = result.return_value  # raises the error of a point that failed
+        return results
+
+
+class LocalLauncher(_Launcher):
     """Hydra's own launcher, which runs one point after another; then stage 2 of each, where that is asked for.
 
     Args:
         keys: Those of `LocalLauncherConfig`.
     """
+
+    keys: LocalLauncherConfig
 
     def __init__(self, **keys: Any) -> None:
         super().__init__()
@@ -121,15 +148,11 @@ class LocalLauncher(BasicLauncher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Called by Hydra with the overrides of each point."""
-        assert self.config is not None  # `setup` was called before
-        settings.check(self.keys, "hydra.launcher.")
+        _, folder = self._begin()
+        results = self._run(job_overrides, initial_job_idx)
         if not self.keys.finetune:
-            return super().launch(job_overrides, initial_job_idx)
-        require_pretraining(self.config)
-        folder = Path(self.config.hydra.sweep.dir).absolute()
-        for result in super().launch(job_overrides, initial_job_idx):
-            _ = result.return_value  # raises the error of a point that failed
-        return super().launch(second_stage(job_overrides, initial_job_idx, folder), initial_job_idx)
+            return results
+        return self._run(second_stage(job_overrides, initial_job_idx, folder), initial_job_idx)
 
 
 def require_pretraining(config: DictConfig) -> None:
@@ -198,7 +221,7 @@ class SlurmLauncherConfig:
                     raise ConfigError(f"{place}={value!r}: give one printable value")
 
 
-class SlurmLauncher(BasicLauncher):
+class SlurmLauncher(_Launcher):
     """Prepares every point here and now, submits them as one job array of the ordinary batch script, and returns.
 
     A point that is wrong ends the sweep before anything is submitted. The elements of the array stop, requeue and go
@@ -208,18 +231,16 @@ class SlurmLauncher(BasicLauncher):
         keys: Those of `SlurmLauncherConfig`.
     """
 
+    keys: SlurmLauncherConfig
+
     def __init__(self, **keys: Any) -> None:
         super().__init__()
         self.keys = SlurmLauncherConfig(**keys)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Called by Hydra with the overrides of each point."""
-        assert self.config is not None  # `setup` was called before
-        settings.check(self.keys, "hydra.launcher.")  # not sooner: Hydra would wrap the error in one of its own
-        folder = Path(self.config.hydra.sweep.dir).absolute()
-        stage = str(self.config.stage.name)
-        if self.keys.finetune:
-            require_pretraining(self.config)
+        config, folder = self._begin()
+        stage = str(config.stage.name)
         results = self._prepare(job_overrides, initial_job_idx)
         last = initial_job_idx + len(job_overrides) - 1
         array = f"{initial_job_idx}-{last}"
@@ -230,7 +251,7 @@ class SlurmLauncher(BasicLauncher):
         commands: dict[str, list[str]] = {}
         for name, (stage, points_of) in sweeps.items():
             commands[name] = self._command(f"{stage}.sbatch", points_of, array, list(commands), self.keys.sbatch)
-        if self.keys.evaluate and OmegaConf.select(self.config, "data.test"):
+        if self.keys.evaluate and OmegaConf.select(config, "data.test"):
             commands["evaluate"] = self._command("evaluate.sbatch", points_of, array, list(commands), None)
         write_atomically(folder / "submit.txt", "".join(shlex.join(c) + "\n" for c in commands.values()))
         if not self.keys.submit:
@@ -255,10 +276,7 @@ class SlurmLauncher(BasicLauncher):
     def _prepare(self, job_overrides: Sequence[Sequence[str]], first: int) -> Sequence[JobReturn]:
         """Compose and check every point, and make its run directory."""
         prepare_only = ["launch.mode=none", f"launch.workers={self.keys.nodes * self.keys.tasks_per_node}"]
-        results = super().launch([[*o, *prepare_only] for o in job_overrides], first)
-        for result in results:
-            _ = result.return_value  # raises the error of a point that failed
-        return results
+        return self._run([[*o, *prepare_only] for o in job_overrides], first)
 
     def _command(
         self, script: str, folder: Path, array: str, before: list[str], options: dict[str, Any] | None
