@@ -48,9 +48,10 @@ def run_kills(options: argparse.Namespace, folder: Path) -> int:
         if kind == "preparation":
             outcome = kills.kill_preparation(place, [kills.Plan.draw(dice, 0) for _ in range(count)])
         else:
-            plans = kills.draw(dice, count, duration)
             if options.saves:
                 plans = [kills.Plan.draw(dice, kills.RANKS, SAVING) for _ in range(count)]
+            else:
+                plans = kills.draw(dice, count, duration)
             outcome = kills.kill_run(home, place, kind, plans)
         runs, planned = runs + 1, planned + len(outcome.kills)
         landed, wrong = landed + outcome.landed, wrong + bool(outcome.problems)

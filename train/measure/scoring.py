@@ -132,7 +132,7 @@ def followed(records: Iterable[dict[str, Any]]) -> dict[str, float]:
     """
     asked: dict[tuple[str, str], dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        for kind in {*levels(record["type"]), record["type"]}:
+        for kind in levels(record["type"]):
             asked[kind, record["question"]][normalise(record["answer"])].append(record["right"])
     pairs: Counter[str] = Counter()
     both: Counter[str] = Counter()
