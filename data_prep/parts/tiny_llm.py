@@ -1,9 +1,9 @@
 """`python -m data_prep.parts.tiny_llm`: a 4-layer Llama from scratch, for tests and quick sweeps.
 
-Grouped-query attention, 192 wide, a byte-level tokenizer that knows the words of the easy-VQA training texts and spells
-any other in bytes, pretrained on those texts without any image for about twenty core-seconds: it then knows the
-language and the blind answers, like any LLM, and has never seen a picture. Deterministic: the same seed makes the same
-weights.
+Grouped-query attention, 192 wide, a byte-level tokenizer that knows the words of the training texts of one data set
+(`--data`) and spells any other in bytes, pretrained on those texts without any image for about twenty core-seconds: it
+then knows the language and the blind answers, like any LLM, and has never seen a picture. Deterministic: the same seed
+makes the same weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from data_prep.store.split import Split
 from data_prep.text.encoder import Encoded, TextEncoder
 from model.batch import IGNORE
 
-NAME = "tiny-llama"
+NAME, DATA = "tiny-llama", "easy_vqa"
 _SPECIAL = ("<pad>", "<s>", "</s>")
 _SPLITS = ("train", "caption_train")
 
@@ -88,7 +88,7 @@ def make(folder: Path, data: Path, steps: int) -> Path:
 
     Args:
         folder: Where it goes; left alone when it is there, but for one with the word-level tokenizer of old.
-        data: Prepared easy-VQA, `<root>/easy_vqa`.
+        data: Prepared data set, `<root>/easy_vqa`, with splits `train` and `caption_train`.
         steps: Training steps.
 
     Raises:
@@ -120,12 +120,14 @@ def main() -> int:
     parser = Parser(prog="python -m data_prep.parts.tiny_llm", description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=None, help="default: $VLORA_CACHE or .cache")
     parser.add_argument("--steps", type=whole(1, 10**6), default=150)
+    parser.add_argument("--data", default=DATA, help=f"name of the data set whose words it knows; default {DATA}")
     arguments = parser.parse_args()
     cache = arguments.cache or cache_dir()
-    data = cache / "data" / "easy_vqa"
-    if not data.is_dir():
-        raise DataError(f"{data} is missing; run: python -m data_prep source=easy_vqa")
-    print(make(cache / "llm" / NAME, data, arguments.steps))
+    data = cache / "data" / arguments.data
+    if missing := [name for name in _SPLITS if not (data / name).is_dir()]:
+        raise DataError(f"{data / missing[0]} is missing; prepare it: python -m data_prep source=... name={arguments.data}")
+    name = NAME if arguments.data == DATA else f"{NAME}-{arguments.data}"
+    print(make(cache / "llm" / name, data, arguments.steps))
     return 0
 
 
