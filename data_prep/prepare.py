@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from common.errors import ConfigError
-from common.files import digest, write_atomically
+from common.files import digest, remove_temporaries, write_atomically
 from common.settings import check, setting
 from data_prep.existing import complete, damaged, refuse_others
 from data_prep.store.errors import DataError
@@ -156,6 +156,9 @@ def prepare(
     units = _plan(source, folder, key)
     for split in units:
         refuse_others(folder / split, made_from, overwrite)
+    if task.count == 1:  # no other task is writing there
+        for place in (folder, *(folder / split for split in units)):
+            remove_temporaries(place)
     result = Result()
     # Every n-th of all units, finished or not: tasks that start at different times must share them out alike.
     jobs = [(split, number, unit) for split, listed in units.items() for number, unit in enumerate(listed)]

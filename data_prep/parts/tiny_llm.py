@@ -125,7 +125,9 @@ def main() -> int:
     cache = arguments.cache or cache_dir()
     data = cache / "data" / arguments.data
     if missing := [name for name in _SPLITS if not (data / name).is_dir()]:
-        raise DataError(f"{data / missing[0]} is missing; prepare it: python -m data_prep source=... name={arguments.data}")
+        raise DataError(
+            f"{data / missing[0]} is missing; prepare it: python -m data_prep source=... name={arguments.data}"
+        )
     name = NAME if arguments.data == DATA else f"{NAME}-{arguments.data}"
     print(make(cache / "llm" / name, data, arguments.steps))
     return 0

@@ -56,7 +56,8 @@ def create(config: RunConfig) -> Path:
         config.run_dir = str(Path(config.output_root) / name)
     _make_absolute(config)
     path = Path(config.run_dir)
-    remove_temporaries(path)
+    for folder in (path, RunDir(path).checkpoints, RunDir(path).samples, RunDir(path).hang):
+        remove_temporaries(folder)
     failed_start = RunDir(path).config.exists() and not has_trained(path) and not _is_same(path, config)
     if RunDir(path).config.exists() and not failed_start:
         if not RunDir(path).record.exists():

@@ -22,7 +22,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from common.files import write_atomically
 from train.process.run_files import RunDir
@@ -69,9 +69,7 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         global _active
         if self.seconds is not None:
-            self.folder.mkdir(exist_ok=True)
-            self._remove_empty()  # of a start that was killed
-            self._stacks = self._file("stacks", "txt").open("w", encoding="utf-8")
+            self._stacks = self._open()
             # In C, so that a rank whose threads all hang answers too.
             faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
             self._say()
@@ -86,18 +84,23 @@ class Watchdog:
         if self.seconds is not None:
             faulthandler.unregister(signal.SIGUSR2)
             self._stacks.close()
-            (self.folder / f"rank-{self.rank}.json").unlink(missing_ok=True)
-            self._remove_empty()
+            if self._ranks().get(self.rank, {}).get("pid") == os.getpid():  # not of a start that came meanwhile
+                (self.folder / f"rank-{self.rank}.json").unlink(missing_ok=True)
+            _remove_empty(Path(self._stacks.name))
             with suppress(OSError):  # others are still there, or a report is
                 self.folder.rmdir()
 
     def _file(self, kind: str, suffix: str) -> Path:
         return self.folder / f"{kind}-rank-{self.rank}-{self._started}.{suffix}"
 
-    def _remove_empty(self) -> None:
-        for file in self.folder.glob(f"stacks-rank-{self.rank}-*.txt"):
-            if file.stat().st_size == 0:
-                file.unlink()
+    def _open(self) -> TextIO:
+        """The file for this start's stacks. Ranks of a killed start may still be leaving and remove the folder."""
+        while True:
+            self.folder.mkdir(exist_ok=True)
+            for file in self.folder.glob(f"stacks-rank-{self.rank}-*.txt"):
+                _remove_empty(file)  # of a start that was killed
+            with suppress(FileNotFoundError):  # one of them has just removed the folder
+                return self._file("stacks", "txt").open("w", encoding="utf-8")
 
     def _say(self) -> None:
         record = {"host": socket.gethostname(), "pid": os.getpid(), "progress": self.count, "time": time.time()}
@@ -153,6 +156,12 @@ class Watchdog:
         if dist.is_initialized() and dist.get_backend() == "nccl":
             recorder: Any = importlib.import_module("torch._C._distributed_c10d")
             self._file("nccl", "bin").write_bytes(recorder._dump_nccl_trace())
+
+
+def _remove_empty(file: Path) -> None:
+    with suppress(FileNotFoundError):
+        if file.stat().st_size == 0:
+            file.unlink()
 
 
 def _behind(ranks: dict[int, dict[str, Any]], seconds: float) -> str:

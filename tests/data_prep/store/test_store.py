@@ -158,6 +158,20 @@ def test_job_array_equals_one_process(tmp_path):
     assert not prepare(Numbers(5), tmp_path / "array", task=Task.parse("0/2")).made
 
 
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    """But by a task of several: another may be writing that file now."""
+    prepare(Numbers(5), tmp_path / "set")
+    left = [
+        tmp_path / "set" / folder / f".{name}.{'0' * 32}" for folder, name in (("train", MANIFEST), (".", "plan.json"))
+    ]
+    for file in left:
+        file.touch()
+    prepare(Numbers(5), tmp_path / "set", task=Task(0, 2))
+    assert all(file.exists() for file in left)
+    prepare(Numbers(5), tmp_path / "set")
+    assert not any(file.exists() for file in left)
+
+
 def test_many_processes_equal_one(tmp_path):
     whole = prepare(Numbers(3), tmp_path / "one").manifests["train"]
     assert prepare(Numbers(3), tmp_path / "two", workers=2).manifests["train"].shards == whole.shards

@@ -115,6 +115,16 @@ def test_a_directory_whose_making_was_cut_short_is_entered(config: RunConfig, ca
     assert "id" in read_json(run / "run.json", "-")
 
 
+@pytest.mark.parametrize("file", ["facts.json", "checkpoints/latest", "samples/step-000040.jsonl", "hang/rank-0.json"])
+def test_what_a_killed_writer_left_goes_with_the_next_start(config: RunConfig, file: str) -> None:
+    place = begun(config) / file
+    left = place.with_name(f".{place.name}.{'0' * 32}")
+    left.parent.mkdir(exist_ok=True)
+    left.touch()
+    again(config)
+    assert not left.exists()
+
+
 def test_another_folder_is_left_alone(config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").touch()

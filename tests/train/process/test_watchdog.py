@@ -66,3 +66,31 @@ def test_who_is_behind(ages, progress, who):
         for rank, (age, done) in enumerate(zip(ages, progress, strict=True))
     }
     assert who in _behind(ranks, seconds=60)
+
+
+def test_a_start_beside_the_ranks_of_a_killed_one(tmp_path):
+    """A rank whose front end was killed leaves when its step ends, and the next start may come before that."""
+    old = Watchdog(tmp_path, 0, 60.0)
+    old._started = "20260101-000000"
+    old.__enter__()
+    with Watchdog(tmp_path, 0, 60.0) as new:
+        (tmp_path / "hang" / "rank-0.json").write_text(json.dumps({"host": "n", "pid": os.getpid() + 1, "time": 0.0}))
+        old.__exit__()
+        assert (tmp_path / "hang" / "rank-0.json").exists()  # it is the new rank's
+        assert os.path.samestat(os.fstat(new._stacks.fileno()), os.stat(new._stacks.name))
+        (tmp_path / "hang" / "rank-0.json").unlink()
+    assert not (tmp_path / "hang").exists()
+
+
+def test_the_folder_goes_while_a_start_opens_its_file(tmp_path, monkeypatch):
+    dog, gone = Watchdog(tmp_path, 0, 60.0), []
+    file = dog._file
+
+    def leaving(kind, suffix):
+        if not gone:
+            gone.append(dog.folder.rmdir())
+        return file(kind, suffix)
+
+    monkeypatch.setattr(dog, "_file", leaving)
+    with dog:
+        assert len(list((tmp_path / "hang").glob("stacks-*"))) == 1 and gone
