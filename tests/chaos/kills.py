@@ -147,7 +147,7 @@ def _family(pid: int) -> set[int]:
 
 
 def _left_running(seen: set[int]) -> list[str]:
-    end = time.monotonic() + 90  # an orphan ends at its next step
+    end = time.monotonic() + TIMEOUT / 3  # an orphan ends at its next step
     left = seen
     while left and time.monotonic() < end:
         left = {pid for pid in left if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"}

@@ -111,6 +111,7 @@ def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: Stop
 
     stage = Stage(config, run_dir, engine, data.loader, data.identity, total_steps, Progress(), stop)
     found = stage.resume()
+    stop.begin()
     facts: dict[str, Any] = {
         "world_size": distributed.world_size(),
         "zero_stage": engine.zero_stage,

@@ -22,6 +22,7 @@ from train import worker
 from train.config import RunConfig
 from train.process.rank_log import RankLog
 from train.process.run_files import RunDir
+from train.process.signals import die_with
 
 # To each worker. A closed terminal is a stop request like any other.
 _PASSED_ON = {
@@ -93,6 +94,9 @@ def run(config: RunConfig, run_dir: Path) -> bool:
 
 
 def _worker(rank: int, run_dir: Path, environment: dict[str, str], errors: str) -> None:
+    front_end = mp.parent_process()
+    assert front_end is not None and front_end.pid is not None
+    die_with(front_end.pid)
     said = Path(errors) / f"{rank}.json"
     os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_ERROR_FILE": str(said)}
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))

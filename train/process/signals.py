@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -15,6 +16,23 @@ if TYPE_CHECKING:  # this module is installed before the imports that take secon
     import torch
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SET_DEATH_SIGNAL, _GET_DEATH_SIGNAL = 1, 2  # of Linux's prctl
+
+
+def die_with(parent: int) -> None:
+    """End this process at once when the process that started it is gone, until `StopRequest.begin`.
+
+    A rank that starts waits for the store that its front end serves, and for the other ranks, in calls that no handler
+    of Python's interrupts and that time alone would end. It has nothing to lose yet.
+    """
+    _prctl(_SET_DEATH_SIGNAL, int(signal.SIGKILL))
+    if os.getppid() != parent:  # gone before
+        os._exit(1)
+
+
+def _prctl(option: int, argument: object) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, argument, 0, 0, 0)
 
 
 class StopRequest:
@@ -39,6 +57,13 @@ class StopRequest:
         """Take over the signals. Call it first thing: before the imports that take seconds."""
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
+
+    def begin(self) -> None:
+        """From here on a lost front end (`die_with`) is a stop request too: the step in progress ends in order."""
+        number = ctypes.c_int()
+        _prctl(_GET_DEATH_SIGNAL, ctypes.byref(number))
+        if number.value == signal.SIGKILL:  # nobody but a front end asks for it
+            _prctl(_SET_DEATH_SIGNAL, int(signal.SIGINT))
 
     def _on_signal(self, number: int, frame: object) -> None:
         self.reason = self.reason or signal.Signals(number).name
