@@ -116,6 +116,6 @@ $(VENV)/.test-installed: $(VENV)/.installed requirements-serve.txt
 $(LOW)/.installed: requirements.txt requirements-dev.txt requirements-serve.txt
 	test -x $(LOW)/bin/python || $(PYTHON) -m venv $(LOW)
 	sed -nE 's/^([A-Za-z0-9_-]+)>=([^,# ]+).*/\1==\2/p' requirements*.txt > $(LOW)/lowest.txt
-	$(LOW)/bin/pip install --quiet --no-compile -c $(LOW)/lowest.txt torch setuptools
+	$(LOW)/bin/pip install --quiet --no-compile -c $(LOW)/lowest.txt torch "setuptools>=77"
 	$(LOW)/bin/pip install --quiet --no-compile -c $(LOW)/lowest.txt -r requirements-dev.txt -r requirements-serve.txt
 	touch $@

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -39,7 +40,7 @@ def test_all_parts_run_under_the_interpreter(tmp_path):
     assert broken == {}, done.stderr[-3000:]
     assert set(found["parts"]) == {"device", *parts()}
     assert all(part["rows"] for part in found["parts"].values())
-    assert found["environment"]["torch"] == torch.__version__
+    assert found["environment"]["torch"] == version("torch")
     assert found["parts"]["step-vlora"]["rows"]["step"]["samples_per_s"] > 0
     saved = found["parts"]["saving"]["rows"]["mlp over vlora"]
     assert saved["FLOPs"] > 1

@@ -81,7 +81,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(home, pretrained, tmp_p
     for rank, lines in enumerate(kept):
         assert sum(f"rank {rank} starts on" in line for line in lines) == 3
     own = kept[0][max(i for i, line in enumerate(kept[0]) if "rank 0 starts on" in line) :]
-    printed = done.stdout.splitlines()[1:-1]  # the first and the last line are the front end's
+    # The first and the last line are the front end's; gloo of torch 2.9 tells of every rank's connections.
+    printed = [line for line in done.stdout.splitlines()[1:-1] if not line.startswith("[Gloo]")]
     assert "resumed at step" in "".join(printed)
     assert [line for line in own if line in printed] == printed
 

@@ -54,7 +54,7 @@ def test_three_steps_with_accumulation_and_clipping_equal_plain_torch(results, n
 
 def test_gradients_rounded_between_the_ranks_give_nearly_the_same_steps(results):
     assert 1e-7 < results["trajectory/reduced_in_bf16/grad_norm"] < 2e-2
-    assert results["trajectory/reduced_in_bf16/weights"] < 1e-3
+    assert results["trajectory/reduced_in_bf16/weights"] < 2e-3
 
 
 def test_pretraining_leaves_llm_and_vision_bit_identical(results):
