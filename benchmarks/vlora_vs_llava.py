@@ -199,7 +199,9 @@ def main() -> int:
     parser.add_argument("--llm", default="smollm2_135m", help="a preset of conf/llm whose weights are here")
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 144, 256, 576])
     parser.add_argument("--stages", nargs="+", choices=list(TEXT), default=list(TEXT))
-    parser.add_argument("--batch", type=int, default=16, help="samples of a step, over both ranks")
+    parser.add_argument(
+        "--batch", type=int, default=8, help="samples of a step, over both ranks; 16 of 576 tokens need 30 GiB"
+    )
     parser.add_argument("--steps", type=int, default=8, help="steps of a round that count")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)

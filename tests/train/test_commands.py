@@ -97,7 +97,9 @@ PARSED: dict[str, tuple[list[str], list[list[str]]]] = {
     "data_prep.sources.capsfusion": (
         ["{run}", "made"], [["--fraction", "0"], ["--fraction", "half"], ["--fraction", "nan"], []],
     ),
-    "data_prep.parts.tiny_llm": ([], [["--steps", "0"], ["--steps", "1e9"], ["--cache", "{run}"]]),
+    "data_prep.parts.tiny_llm": (
+        [], [["--steps", "0"], ["--steps", "1e9"], ["--cache", "{run}"], ["--data", "nothing"]],
+    ),  # fmt: skip
     "data_prep.parts.cutouts": ([], [["emojis"], ["--cash", "x"]]),
     "data_prep.parts.builtin": ([], [["smolm2"], ["--cash", "x"]]),
     "model.ops.tuner": ([], [["1", "2", "3"], ["0", "1", "1", "1"], ["a"], []]),
