@@ -7,9 +7,11 @@
 Each figure is a run of `python -m train` on the real engine and loader, ZeRO-3 on two ranks: the same LLM, the same
 texts (captions of 48 tokens, conversations of 260) and the same cached features of the built-in encoder, on images of
 as many patches; only the connector differs. `mlp` puts all patches into the input, `qformer` a quarter as many tokens,
-`vlora` and `crossattn` none. Rounds go through all connectors in turn, so that a busy machine slows all alike; the
-median step of all rounds counts. The last column is how much of the FLOPs that a connector saves against `mlp` became
-time: the ratio of times over that of FLOPs. Wall time: only a quiet machine gives figures worth writing down.
+`vlora` and `crossattn` none. All make steps of the same samples, each in the largest micro-batches that `--positions`
+of the LLM's input allow, as one who fills a GPU would: ZeRO-3 gathers the weights once per micro-step. Rounds go
+through all connectors in turn, so that a busy machine slows all alike; the median step of all rounds counts. The last
+column is how much of the FLOPs that a connector saves against `mlp` became time: the ratio of times over that of FLOPs.
+Wall time: only a quiet machine gives figures worth writing down.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ from train.measure.tracking import read_metrics
 
 CONNECTORS = ("mlp", "qformer", "crossattn", "vlora")
 TEXT = {"pretrain": 48, "finetune": 260}
-WARM_UP = 2
+BATCH = {"pretrain": 64, "finetune": 16}
+"""Samples of a step, over both ranks."""
+WARM_UP = 1
 """First steps of a run that do not count: they allocate, and trace ZeRO-3's order."""
 WORDS = ("the", "a", "red", "blue", "green", "small", "large", "circle", "square", "is", "on", "of", "near", "left")
 
@@ -87,9 +91,17 @@ def _png(pixels: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
+def micro_batch(connector: str, stage: str, tokens: int, batch: int, positions: int) -> int:
+    """Rows of a rank's micro-batch: the most that divide its share and have at most `positions` in the LLM's input."""
+    row = TEXT[stage] + {"mlp": tokens, "qformer": max(1, tokens // 4)}.get(connector, 0)
+    return max(
+        rows for rows in range(1, batch // 2 + 1) if batch // 2 % rows == 0 and rows * row <= max(positions, row)
+    )
+
+
 def overrides(options: argparse.Namespace, connector: str, stage: str, tokens: int, folder: Path) -> list[str]:
     """The run of one connector."""
-    side = math.isqrt(tokens)
+    side, batch = math.isqrt(tokens), options.batch or BATCH[stage]
     if side * side != tokens:
         raise UserError(f"--tokens {tokens}: an image has a square of patches; give 16, 64, 144, 256 or 576")
     split = "caption" if stage == "pretrain" else "conversation"
@@ -99,7 +111,8 @@ def overrides(options: argparse.Namespace, connector: str, stage: str, tokens: i
         f"stage={stage}", *start,
         f"vision.image_size={14 * side}", "vision.image_mode=resize", "vision.keep_cls=false", "vision.cache=true",
         f"data.root={folder / 'data'}", f"data.train=[{{path: made_up/{split}, weight: 1.0}}]", "data.val=null",
-        "data.test=null", f"data.batch_size={options.batch}", "data.dialogues_per_sample=null", "data.template=bare",
+        "data.test=null", f"data.batch_size={batch}", "data.dialogues_per_sample=null", "data.template=bare",
+        f"engine.micro_batch_size={micro_batch(connector, stage, tokens, batch, options.positions)}",
         "data.group_by=none", f"stage.steps={options.steps + WARM_UP}", "stage.epochs=null", "stage.freeze=[]",
         "llm.pack_tokens=null", "engine.gradient_checkpointing=false", "engine.zero_stage=3", "launch.workers=2",
         "tracking.wandb=disabled", "tracking.log_every=1", "tracking.weights_every=100000", "checkpoint.every=null",
@@ -140,7 +153,7 @@ def run(words: list[str], run_dir: Path) -> tuple[list[float], float]:
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[tuple[str, int], dict[str, Figures]]:
     """Figures of every connector, by stage and visual tokens."""
-    write_data(folder / "data", samples=options.batch * 2)
+    write_data(folder / "data", samples=max(options.batch or BATCH[stage] for stage in TEXT) * 2)
     found: dict[tuple[str, int], dict[str, Figures]] = defaultdict(lambda: {c: Figures() for c in CONNECTORS})
     for tokens in options.tokens:
         for stage in ("pretrain", "finetune"):
@@ -156,11 +169,11 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[tuple[str, int], 
                         one = found[stage, tokens][connector]
                         one.seconds += seconds
                         one.peak_gib = max(one.peak_gib, peak)
-                        one.flops = step_flops(words, stage, options.batch)
+                        one.flops = step_flops(words, stage, options.batch or BATCH[stage])
     return found
 
 
-def report(found: dict[tuple[str, int], dict[str, Figures]], batch: int) -> tuple[str, list[dict[str, Any]]]:
+def report(found: dict[tuple[str, int], dict[str, Figures]], wanted: int | None) -> tuple[str, list[dict[str, Any]]]:
     """The table, and its rows for JSON."""
     lines = [
         f"{'stage':<10}{'tokens':>7}  {'connector':<11}{'samples/s':>10}{'GiB':>7}{'TFLOPs':>9}"
@@ -168,7 +181,7 @@ def report(found: dict[tuple[str, int], dict[str, Figures]], batch: int) -> tupl
     ]
     rows = []
     for (stage, tokens), figures in found.items():
-        rival = figures["mlp"]
+        rival, batch = figures["mlp"], wanted or BATCH[stage]
         for connector, one in figures.items():
             step = median(one.seconds)
             fewer, faster = rival.flops / one.flops, median(rival.seconds) / step
@@ -199,11 +212,10 @@ def main() -> int:
     parser.add_argument("--llm", default="smollm2_135m", help="a preset of conf/llm whose weights are here")
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 144, 256, 576])
     parser.add_argument("--stages", nargs="+", choices=list(TEXT), default=list(TEXT))
-    parser.add_argument(
-        "--batch", type=int, default=8, help="samples of a step, over both ranks; 16 of 576 tokens need 30 GiB"
-    )
-    parser.add_argument("--steps", type=int, default=8, help="steps of a round that count")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, help=f"samples of a step, over both ranks; default {BATCH}")
+    parser.add_argument("--positions", type=int, default=2560, help="of a rank's micro-batch at most; 2560 take 6 GiB")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a round that count")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="vlora-vs-llava-") as folder:
