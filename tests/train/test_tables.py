@@ -31,7 +31,7 @@ def row(text: str, table: int, name: str) -> list[str]:
 
 def test_rows_find_their_runs(tmp_path, capsys, monkeypatch):
     for seed, percent in enumerate((80.0, 82.0, 84.0)):
-        write(tmp_path / f"a{seed}", {"percent": percent}, f"seed={seed}")
+        write(tmp_path / f"a{seed}", {"percent": percent}, f"seed={seed}", "generator.types=qkvom")
     write(tmp_path / "b", {"percent": 70.0}, "generator.types=qkv")
     write(tmp_path / "c", {"percent": 10.0}, "generator.types=qkv", "generator.rank=64")  # two differences: no row of 3
     write(tmp_path / "d", {"percent": 75.0}, "connector=mlp")

@@ -99,6 +99,7 @@ def overrides(world: Path, run: Path, *more: str) -> list[str]:
         "data.test=null",
         "data.batch_size=8",
         "data.dialogues_per_sample=2",
+        "generator.types=qkvom",  # the paper's: m takes other ways than the projections
         "generator.width=16",
         "generator.num_heads=2",
         "generator.rank=4",
