@@ -101,7 +101,7 @@ def micro_batch(connector: str, stage: str, tokens: int, batch: int, positions: 
 
 def overrides(options: argparse.Namespace, connector: str, stage: str, tokens: int, folder: Path) -> list[str]:
     """The run of one connector."""
-    side, batch = math.isqrt(tokens), options.batch or BATCH[stage]
+    side, batch = math.isqrt(tokens), options.batch[stage]
     if side * side != tokens:
         raise UserError(f"--tokens {tokens}: an image has a square of patches; give 16, 64, 144, 256 or 576")
     split = "caption" if stage == "pretrain" else "conversation"
@@ -153,7 +153,7 @@ def run(words: list[str], run_dir: Path) -> tuple[list[float], float]:
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[tuple[str, int], dict[str, Figures]]:
     """Figures of every connector, by stage and visual tokens."""
-    write_data(folder / "data", samples=max(options.batch or BATCH[stage] for stage in TEXT) * 2)
+    write_data(folder / "data", samples=max(options.batch.values()) * 2)
     found: dict[tuple[str, int], dict[str, Figures]] = defaultdict(lambda: {c: Figures() for c in CONNECTORS})
     for tokens in options.tokens:
         for stage in ("pretrain", "finetune"):
@@ -169,11 +169,13 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[tuple[str, int], 
                         one = found[stage, tokens][connector]
                         one.seconds += seconds
                         one.peak_gib = max(one.peak_gib, peak)
-                        one.flops = step_flops(words, stage, options.batch or BATCH[stage])
+                        one.flops = step_flops(words, stage, options.batch[stage])
     return found
 
 
-def report(found: dict[tuple[str, int], dict[str, Figures]], wanted: int | None) -> tuple[str, list[dict[str, Any]]]:
+def report(
+    found: dict[tuple[str, int], dict[str, Figures]], batches: dict[str, int]
+) -> tuple[str, list[dict[str, Any]]]:
     """The table, and its rows for JSON."""
     lines = [
         f"{'stage':<10}{'tokens':>7}  {'connector':<11}{'samples/s':>10}{'GiB':>7}{'TFLOPs':>9}"
@@ -181,7 +183,7 @@ def report(found: dict[tuple[str, int], dict[str, Figures]], wanted: int | None)
     ]
     rows = []
     for (stage, tokens), figures in found.items():
-        rival, batch = figures["mlp"], wanted or BATCH[stage]
+        rival, batch = figures["mlp"], batches[stage]
         for connector, one in figures.items():
             step = median(one.seconds)
             fewer, faster = rival.flops / one.flops, median(rival.seconds) / step
@@ -218,6 +220,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    options.batch = {stage: options.batch or size for stage, size in BATCH.items()}
     with tempfile.TemporaryDirectory(prefix="vlora-vs-llava-") as folder:
         found = measure(options, Path(folder))
     text, rows = report(found, options.batch)

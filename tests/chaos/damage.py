@@ -97,9 +97,9 @@ class Bench:
             named = len(errors) == 1 and (Path(name).name in errors[0] or stem in errors[0])
             return Result(case, "refused" if named else "unclear", " ".join(errors) or done.stderr[-300:])
         said = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
-        if result != sound and case.action == "report" and any(case.file in line and "lacks" in line for line in said):
-            return Result(case, "told", " ".join(said))
         if result != sound:
+            if case.action == "report" and any(case.file in line and "lacks" in line for line in said):
+                return Result(case, "told", " ".join(said))
             return Result(case, "silent", f"{result} for {sound}; {done.stderr[-300:]}")
         return Result(case, "repaired" if said else "harmless", " ".join(said))
 

@@ -62,6 +62,7 @@ class Watchdog:
 
     def __init__(self, run_dir: Path, rank: int, seconds: float | None) -> None:
         self.folder, self.rank, self.seconds = RunDir(run_dir).hang, rank, seconds
+        self._record = self.folder / f"rank-{rank}.json"
         self.count = 0
         self._started = time.strftime("%Y%m%d-%H%M%S")
         self._done = threading.Event()
@@ -84,8 +85,9 @@ class Watchdog:
         if self.seconds is not None:
             faulthandler.unregister(signal.SIGUSR2)
             self._stacks.close()
-            if self._ranks().get(self.rank, {}).get("pid") == os.getpid():  # not of a start that came meanwhile
-                (self.folder / f"rank-{self.rank}.json").unlink(missing_ok=True)
+            with suppress(ValueError, OSError):
+                if json.loads(self._record.read_text(encoding="utf-8"))["pid"] == os.getpid():  # not of a later start
+                    self._record.unlink()
             _remove_empty(Path(self._stacks.name))
             with suppress(OSError):  # others are still there, or a report is
                 self.folder.rmdir()
@@ -104,7 +106,7 @@ class Watchdog:
 
     def _say(self) -> None:
         record = {"host": socket.gethostname(), "pid": os.getpid(), "progress": self.count, "time": time.time()}
-        write_atomically(self.folder / f"rank-{self.rank}.json", json.dumps(record))
+        write_atomically(self._record, json.dumps(record))
 
     def _watch(self) -> None:
         assert self.seconds is not None

@@ -11,6 +11,7 @@ from importlib.metadata import version
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 
 from data_prep.parts import builtin as parts
 from data_prep.parts import onnx_weights
@@ -158,6 +159,6 @@ def test_llm_equals_transformers_own_gguf_loading(part, tmp_path):
         assert mine(text).input_ids == theirs(text).input_ids
         assert mine.decode(mine(text).input_ids) == text
     # transformers 5.17 knows neither the end token nor the padding of a GGUF file.
-    known = ("eos_token_id", "pad_token_id") if version("transformers") >= "5.18" else ()
+    known = ("eos_token_id", "pad_token_id") if Version(version("transformers")) >= Version("5.18") else ()
     for name in ("bos_token_id", *known, "chat_template"):
         assert getattr(mine, name) == getattr(theirs, name)
