@@ -74,7 +74,7 @@ def plan_memory(config: configuration.RunConfig, workers: int) -> str:
 
 @hydra.main(version_base="1.3", config_path=str(presets.CONF), config_name="config")
 def _main(composed: DictConfig) -> None:
-    # Reported here: Hydra would add lines of its own to an exception. Leaving with 0 would end a sweep.
+    # Reported here: Hydra would add lines of its own to an exception. A sweep goes on only if this returns.
     if code := report_errors(lambda: run(sweep.enter(composed))):
         sys.exit(code)
 
@@ -100,9 +100,11 @@ def run(composed: DictConfig) -> int:
     if config.launch.mode == "none":
         print("".join(f"not here yet: {line}\n" for line in absent), end="")
         return 0
-    finished = launch.run(config, path)
-    print(f"{path}: {'finished' if finished else 'stopped on request; the same command goes on from the checkpoint'}")
-    return 0
+    if launch.run(config, path):
+        print(f"{path}: finished")
+        return 0
+    print(f"{path}: stopped on request; the same command{sweep.same()} goes on from the checkpoint")
+    sys.exit(0)  # whoever stops a point stops its sweep
 
 
 def main() -> int:

@@ -1,7 +1,9 @@
 """Both stages of a sweep by one command, as far as it goes without a cluster."""
 
+import os
 import shlex
 import shutil
+import signal
 
 import pytest
 
@@ -57,6 +59,33 @@ def test_both_stages_of_a_sweep_run_here_by_one_command_and_again_only_what_is_m
     assert RunDir(folder / "finetune/1").done.exists() and len(sweep.points(folder / "finetune")) == 2
     wrong = world.train([*command, "stage=finetune", "init_from=x", f"hydra.sweep.dir={tmp_path}/other"])
     assert wrong.returncode == 2 and "follows a pretraining, but this sweep has stage=finetune" in wrong.stderr
+
+
+def test_who_stops_a_point_stops_the_sweep_and_its_command_goes_on(tmp_path):
+    home = world.make(tmp_path / "world")
+    ours = [o for o in world.overrides(home, tmp_path) if not o.startswith("run_dir")]
+    command = ["-m", *ours, "launch.workers=1", "stage.steps=20", "generator.rank=2,4"]
+    command += ["hydra.launcher.finetune=true", f"output_root={tmp_path}"]
+    process = world.start(command)
+    world.wait_for(lambda: any(map(world.steps_done, tmp_path.glob("sweeps/*/0"))), process)
+    os.kill(process.pid, signal.SIGTERM)
+    out, err = process.wait(60)
+    (folder,) = (tmp_path / "sweeps").iterdir()
+    assert process.returncode == 0, err
+    assert f"the same command with hydra.sweep.dir={folder} goes on" in out
+    assert RunDir(folder / "0").stopped.exists() and not (folder / "1").exists() and not (folder / "finetune").exists()
+
+    process = world.start([*command, f"hydra.sweep.dir={folder}"])
+    second = folder / "finetune"
+    world.wait_for(lambda: world.steps_done(second / "0") > 0, process)
+    assert all(RunDir(folder / name).done.exists() for name in "01")
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.wait(60)
+    assert process.returncode == 0 and "the same command goes on" in out, err
+    assert RunDir(second / "0").stopped.exists() and not (second / "1").exists()
+    done = world.train([*command, f"hydra.sweep.dir={folder}"])
+    assert done.returncode == 0, done.stderr
+    assert all(RunDir(second / name).done.exists() for name in "01")
 
 
 @pytest.mark.parametrize(

@@ -50,8 +50,7 @@ def enter(composed: DictConfig) -> DictConfig:
     if hydra.mode != RunMode.MULTIRUN:
         return composed
     folder = Path(hydra.sweep.dir).absolute()
-    second = folder.name == "finetune" and (folder.parent / MANIFEST).exists()  # of a sweep over both stages
-    name = f"{folder.parent.name}/{folder.name}" if second else folder.name
+    name = str(folder.relative_to(_whole(folder).parent))
     group = OmegaConf.select(composed, "tracking.group") or name
     OmegaConf.update(composed, "tracking.group", group, force_add=True)
     OmegaConf.update(composed, "run_dir", str(folder / str(hydra.job.num)), force_add=True)
@@ -67,6 +66,19 @@ def enter(composed: DictConfig) -> DictConfig:
     point = json.dumps({"index": hydra.job.num, "overrides": overrides})
     write_atomically(folder / MANIFEST, f"{lines}{point}\n")
     return composed
+
+
+def same() -> str:
+    """What the command of a sweep needs to find its folder again; empty outside of a sweep."""
+    hydra = HydraConfig.get()
+    if hydra.mode != RunMode.MULTIRUN or any(word.startswith("hydra.sweep.dir=") for word in sys.argv):
+        return ""
+    return f" with hydra.sweep.dir={_whole(Path(hydra.sweep.dir).absolute())}"
+
+
+def _whole(folder: Path) -> Path:
+    """The folder of the command: of a stage 2 that follows its stage 1, the folder above."""
+    return folder.parent if folder.name == "finetune" and (folder.parent / MANIFEST).exists() else folder
 
 
 def _is_swept(value: str) -> bool:
