@@ -1,38 +1,46 @@
-"""`python -m train.tables [runs=outputs] [out=FILE]`: the paper's tables as paper | ours at full size | mini.
+"""`python -m train.tables [runs=outputs] [trials=FILE] [out=FILE]`: the paper's tables, paper | ours | mini.
 
-Looks through all finished runs below `runs` for those that a row describes. Full size is the paper's model (Vicuna-7B,
+Looks through all finetunings below `runs` for those that a row describes. Full size is the paper's model (Vicuna-7B,
 hidden width 4096): its scores come from RUN/evaluation/benchmarks.json, which `python -m train.benchmark` writes
 (`{"scores": {"MMBench": 63.4, ...}}`); without one it says "not run". Mini is any smaller model, scored by
 `train.evaluate` on its own data: percent right, mean over seeds with the 95 % interval (of the questions, where there
-is one seed). The two are never mixed: a mini figure stands in a column of its own and says nothing of a benchmark.
+is one seed), a column for each LLM and test split. The two are never mixed: a mini figure stands in a column of its own
+and says nothing of a benchmark. `trials` keeps one line of every small run, so that its directory may go.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections import defaultdict
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
 from common.errors import ConfigError, run_cli
 from common.files import read_json, write_atomically
-from common.markdown import plain
+from common.markdown import as_table, plain
 from common.options import parse_options
 from common.settings import setting
 from model.config import parse_types
 from train import config as configuration
 from train.config import RunConfig
-from train.measure.paper_tables import TABLES, Table
+from train.measure import trials as trial_file
+from train.measure.paper_tables import PRETRAINING, TABLES, Table
+from train.measure.trials import Trial
 from train.process.run_files import RunDir
 
+T = TypeVar("T")
+H = TypeVar("H", bound=Hashable)
 # Student's t, two-sided 95 %, by degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 FULL_WIDTH = 4096
+_GENERATOR = {"generator.types": "types", "generator.rank": "rank", "generator.num_blocks": "blocks"}
+"""Keys that tables vary, and the trial's names of them."""
 
 
 @dataclass
@@ -42,132 +50,185 @@ class Options:
     Attributes:
         runs: Folder to look through.
         split: Which evaluation of a mini run counts.
+        trials: File with one line of every mini run; those found are added to it. Null: only what is found counts.
         out: Markdown file to write; null: print only.
     """
 
     runs: str = setting("outputs", path=True)
-    split: str = "test"
+    split: str = setting("test", choices=("test", "val"))
+    trials: str | None = setting(None, path=True)
     out: str | None = setting(None, path=True)
 
 
 @dataclass
 class Run:
-    """A finished run with a score.
+    """A finetuning of the paper's size with the scores of benchmarks.
 
     Attributes:
-        config: Its configuration.
-        full: Whether it is of the paper's size.
+        facts: What rows want of it: values by configuration key, and the sources of its stage 1.
         benchmarks: Scores of an evaluation harness, by name.
-        accuracy: Percent right and its 95 % interval on its own data, or None.
     """
 
-    config: RunConfig
-    full: bool
-    benchmarks: dict[str, float] = field(default_factory=dict)
-    accuracy: tuple[float, float, float] | None = None
+    facts: dict[str, Any]
+    benchmarks: dict[str, float]
 
 
-def find_runs(folder: Path, split: str) -> list[Run]:
-    """All runs below `folder` that have a score."""
-    found = []
+def find_runs(folder: Path, split: str) -> tuple[list[Run], list[Trial]]:
+    """The finished finetunings below `folder`: those of full size that have scores, and all smaller ones.
+
+    A pretraining is no row: the paper scores what stage 2 leaves.
+    """
+    full, mini = [], []
     for file in sorted(folder.rglob("config.yaml")):
-        run = file.parent
-        folder = RunDir(run).evaluation
-        scores, scored = folder / "benchmarks.json", folder / f"{split}-real.json"
-        if not (scores.is_file() or scored.is_file()):
-            continue
+        run = RunDir(file.parent)
         config = configuration.read(file)
-        one = Run(config, _width(config) == FULL_WIDTH)
-        if scores.is_file():
-            found_scores = read_json(scores, "run train.benchmark again")["scores"]
-            one.benchmarks = {str(name): float(value) for name, value in found_scores.items()}
-        if scored.is_file():
-            overall = read_json(scored, "evaluate the run again")["accuracy"]["overall"]
-            one.accuracy = (overall["percent"], overall["low"], overall["high"])
-        found.append(one)
-    return found
+        if config.stage.name != "finetune":
+            continue
+        if (config.llm.architecture or {}).get("hidden_size") != FULL_WIDTH:
+            if run.done.exists():
+                mini.append(trial_file.of_run(file.parent, config, split))
+        elif (scores := run.evaluation / "benchmarks.json").is_file():
+            found = read_json(scores, "run train.benchmark again")["scores"]
+            full.append(Run(_facts(config), {str(name): float(value) for name, value in found.items()}))
+    return full, mini
 
 
-def _width(config: RunConfig) -> int | None:
-    return (config.llm.architecture or {}).get("hidden_size")
-
-
-def matches(config: RunConfig, wanted: dict[str, Any]) -> bool:
-    """Whether a run is what a row describes."""
+def _facts(config: RunConfig) -> dict[str, Any]:
     flat = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(config)))
+    facts = {key: OmegaConf.select(flat, key) for key in ("connector.name", *_GENERATOR)}
+    facts["generator.types"] = ",".join(parse_types(config.generator.types))
+    before = RunDir(Path(config.init_from or "")).config
+    facts[PRETRAINING] = [source.path for source in configuration.read(before).data.train] if before.is_file() else []
+    return facts
+
+
+def _trial_facts(trial: Trial) -> dict[str, Any]:
+    return {"connector.name": trial.connector} | {key: getattr(trial, name) for key, name in _GENERATOR.items()}
+
+
+def matches(facts: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether a run is what a row describes; a mini run (without `PRETRAINING`) is so whatever stage 1 read."""
     for key, value in wanted.items():
-        if key == "pretraining data":
-            sources = [source.path for source in config.data.train]
-            # A finetuning does not say what its pretraining read: its recipe does not differ.
-            if config.stage.name == "pretrain" and not any(value in source for source in sources):
+        if key == PRETRAINING:
+            if key in facts and not any(value in source for source in facts[key]):
                 return False
-        elif key == "generator.types":
-            if parse_types(config.generator.types) != parse_types(value):
-                return False
-        elif OmegaConf.select(flat, key) != value:
+        elif facts[key] != (",".join(parse_types(value)) if key == "generator.types" else value):
             return False
     return True
 
 
-def _varied(table: Table) -> set[str]:
-    """Keys that the rows of a table differ in."""
-    return {key for _, _, wanted in table.rows for key in wanted if key.startswith("generator.")}
-
-
-def of_row(table: Table, wanted: dict[str, Any], runs: list[Run]) -> list[Run]:
+def of_row(table: Table, wanted: dict[str, Any], runs: list[T], facts: Callable[[T], dict[str, Any]]) -> list[T]:
     """The runs of a row. What the table does not vary is as in most runs: a point has one difference."""
-    found = [run for run in runs if matches(run.config, wanted)]
-    keys = {"generator.types", "generator.rank", "generator.num_blocks"} - _varied(table)
-    if wanted["connector.name"] != "vlora" or not found:
+    found = [run for run in runs if matches(facts(run), wanted)]
+    if wanted["connector.name"] != "vlora":
         return found
-    peers = [run for run in runs if run.config.connector.name == "vlora"]
-    usual = _most_common([_values(run, keys) for run in peers])
-    return [run for run in found if _values(run, keys) == usual]
+    varied = {key for row in table.rows for key in row.wanted}
+    peers = [run for run in runs if facts(run)["connector.name"] == "vlora"]
+    for key in _GENERATOR.keys() - varied:
+        most = usual_value([facts(run)[key] for run in peers])
+        found = [run for run in found if facts(run)[key] == most]
+    return found
 
 
-def _values(run: Run, keys: set[str]) -> tuple[str, ...]:
-    generator = run.config.generator
-    known = {"generator.types": "".join(parse_types(generator.types)), "generator.rank": str(generator.rank)}
-    known["generator.num_blocks"] = str(generator.num_blocks)
-    return tuple(known[key] for key in sorted(keys))
+def usual_value(values: list[H]) -> H | None:
+    """The most frequent; of equally frequent ones the first; of none, None."""
+    return Counter(values).most_common(1)[0][0] if values else None
 
 
-def _most_common(values: list[tuple[str, ...]]) -> tuple[str, ...]:
-    counts: dict[tuple[str, ...], int] = defaultdict(int)
-    for value in values:
-        counts[value] += 1
-    return max(counts, key=lambda value: counts[value])
+def columns(trials: Iterable[Trial]) -> dict[str, list[Trial]]:
+    """The scored trials by setting, each connector with the rates that most of its trials have."""
+    found: dict[str, list[Trial]] = {}
+    for trial in trials:
+        if trial.percent is not None:
+            found.setdefault(trial.setting, []).append(trial)
+    return {name: [t for t in all_ if _rates(t) == _usual_rates(t.connector, all_)] for name, all_ in found.items()}
 
 
-def interval(scores: list[tuple[float, float, float]]) -> str:
-    """Mean over seeds with its 95 % interval; of one run, its own."""
-    if len(scores) == 1:
-        percent, low, high = scores[0]
-        return f"{percent:.1f} ({low:.1f}-{high:.1f}, 1 seed)"
-    values = [percent for percent, _, _ in scores]
+def _usual_rates(connector: str, trials: list[Trial]) -> str | None:
+    return usual_value([_rates(trial) for trial in trials if trial.connector == connector])
+
+
+def interval(trials: list[Trial]) -> str:
+    """Percent right: mean over seeds with its 95 % interval; of one run, its own."""
+    values = [trial.percent for trial in trials if trial.percent is not None]
+    if len(values) == 1:
+        return f"{values[0]:.1f} ({trials[0].low:.1f}-{trials[0].high:.1f}, 1 seed)"
     middle = mean(values)
     half = _T[min(len(values) - 2, len(_T) - 1)] * stdev(values) / math.sqrt(len(values))
     return f"{middle:.1f} ({middle - half:.1f}-{middle + half:.1f}, {len(values)} seeds)"
 
 
-def render(table: Table, runs: list[Run]) -> str:
+def render(table: Table, runs: list[Run], mini: dict[str, list[Trial]]) -> str:
     """One table as Markdown."""
-    full, mini = ([run for run in runs if run.full is size] for size in (True, False))
-    heads = [table.title, *(f"{name}: paper" for name in table.benchmarks), "ours, full size", "mini: % right"]
-    lines = [f"## Table {table.number}: {table.title}", "", f"`{table.command}`", ""]
-    lines += ["| " + " | ".join(map(plain, heads)) + " |", "|" + " --- |" * len(heads)]
-    for name, scores, wanted in table.rows:
-        printed = [f"{score:g}" for score in scores] or ["-"] * len(table.benchmarks)
-        ours = of_row(table, wanted, full)
-        shown = "; ".join(_benchmarks(run, table) for run in ours if run.benchmarks) or "not run"
-        small = [run.accuracy for run in of_row(table, wanted, mini) if run.accuracy and run.config.data.test]
-        cells = [name, *printed, shown, interval(small) if small else "not run"]
-        lines.append("| " + " | ".join(map(plain, cells)) + " |")
-    return "\n".join(lines)
+    shown = mini if any(row.mini for row in table.rows) else {}
+    heads = [table.title, *(f"{name}: paper" for name in table.benchmarks), "ours, full size"]
+    heads += [f"mini, % right: {name}" for name in shown]
+    rows = []
+    for row in table.rows:
+        cells = [row.name, *([f"{score:g}" for score in row.scores] or ["-"] * len(table.benchmarks))]
+        ours = of_row(table, row.wanted, runs, lambda run: run.facts)
+        cells.append("; ".join(_benchmarks(run, table) for run in ours if run.benchmarks) or "not run")
+        for trials in shown.values():
+            length = usual_value([_length(trial) for trial in trials])
+            equal = [trial for trial in trials if _length(trial) == length]
+            small = of_row(table, row.wanted, equal, _trial_facts) if row.mini else []
+            cells.append(interval(small) if small else "not run" if row.mini else "-")
+        rows.append(cells)
+    return f"## Table {table.number}: {table.title}\n\n`{table.command}`\n\n{as_table(_plain(heads, *rows))}"
+
+
+def _length(trial: Trial) -> Hashable:
+    return *trial.samples, trial.questions
 
 
 def _benchmarks(run: Run, table: Table) -> str:
     return ", ".join(f"{name} {run.benchmarks[name]:g}" for name in table.benchmarks if name in run.benchmarks)
+
+
+def _plain(*rows: list[str]) -> list[list[str]]:
+    return [[plain(cell) for cell in row] for row in rows]
+
+
+def _images(trial: Trial) -> str:
+    return ", ".join(map(str, trial.samples))
+
+
+def _rates(trial: Trial) -> str:
+    """Of stage 2, as text."""
+    return ", ".join(f"{name} {rate:g}" for name, rate in trial.rates[-1].items())
+
+
+def render_connectors(mini: dict[str, list[Trial]]) -> str:
+    """The connectors' own table: what each costs, however long it trained."""
+    heads = ["mini", "connector", "images: stage 1, stage 2", "questions an image", "rates of stage 2"]
+    heads += ["minutes of training", "% right"]
+    rows = []
+    for setting_, trials in mini.items():
+        compared = [
+            t for row in TABLES[0].rows if row.mini for t in of_row(TABLES[0], row.wanted, trials, _trial_facts)
+        ]
+        for key in sorted({(_length(t), t.connector) for t in compared}, key=str):
+            same = [t for t in compared if (_length(t), t.connector) == key]
+            asked = "all" if same[0].questions is None else str(same[0].questions)
+            minutes = f"{mean(t.seconds for t in same) / 60:.1f}"
+            rows.append([setting_, key[1], _images(same[0]), asked, _rates(same[0]), minutes, interval(same)])
+    title = "## The connectors at equal samples and at equal time"
+    return f"{title}\n\n{as_table(_plain(heads, *rows))}" if rows else f"{title}\n\nNot run."
+
+
+def render_rates(trials: list[Trial]) -> str:
+    """Validation loss of every rate that was tried."""
+    heads = ["mini", "connector", "images: stage 1, stage 2", "rates of stage 2", "validation loss, seed 0"]
+    tried: dict[tuple[str, str], list[Trial]] = {}
+    for trial in trials:
+        if trial.val_loss is not None and trial.seed == 0:
+            tried.setdefault((trial.setting, trial.connector), []).append(trial)
+    rows = []
+    for key, some in tried.items():
+        if len({str(trial.rates) for trial in some}) > 1:
+            rows += [[*key, _images(t), _rates(t), f"{t.val_loss:.4f}"] for t in some]
+    title = "## Rates that were tried"
+    return f"{title}\n\n{as_table(_plain(heads, *rows))}" if rows else f"{title}\n\nNone."
 
 
 def main() -> int:
@@ -176,17 +237,24 @@ def main() -> int:
     folder = Path(options.runs)
     if not folder.is_dir():
         raise ConfigError(f"runs={folder}: no such folder")
-    if options.out is not None and (Path(options.out).is_dir() or not Path(options.out).parent.is_dir()):
-        raise ConfigError(f"out={options.out}: give a file in a folder that is there")
-    # A pretraining that was scored is no row: the paper scores what stage 2 leaves.
-    runs = [run for run in find_runs(folder, options.split) if run.config.stage.name == "finetune"]
-    full = sum(run.full for run in runs)
+    for name, file in (("trials", options.trials), ("out", options.out)):
+        if file is not None and (Path(file).is_dir() or not Path(file).parent.is_dir()):
+            raise ConfigError(f"{name}={file}: give a file in a folder that is there")
+    runs, trials = find_runs(folder, options.split)
+    if options.trials is not None:
+        kept = trial_file.read(Path(options.trials)) if Path(options.trials).exists() else []
+        trials = trial_file.merge(kept, trials)
+        trial_file.write(Path(options.trials), trials)
+    mini = columns(trials)
     text = "\n\n".join(
         [
             "# The paper's tables",
-            f"Made by `python -m train.tables` from {full} runs at full size and {len(runs) - full} mini ones, all "
-            "after stage 2. The columns are never mixed: mini models answer their own data, not the benchmarks.",
-            *(render(table, runs) for table in TABLES),
+            f"Made by `python -m train.tables` from {len(runs)} runs at full size and {sum(map(len, mini.values()))} "
+            "mini ones, all after stage 2. The columns are never mixed: mini models answer their own data, not the "
+            "benchmarks.",
+            *(render(table, runs, mini) for table in TABLES),
+            render_connectors(mini),
+            render_rates(trials),
         ]
     )
     print(text)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from common.markdown import plain
+from common.markdown import as_table, plain
 from train.harness.catalogue import IMAGES
 from train.measure.paper_tables import FINE, GENERAL, LLAVA, TABLES, VLORA
 
 SEEING = ("POPE", "GQA", "VQAv2")
-_FINE = {name: dict(zip(FINE, scores, strict=True)) for name, scores, _ in TABLES[-2].rows}
+_FINE = {row.name: dict(zip(FINE, row.scores, strict=True)) for row in TABLES[-2].rows}
 ANCHORS: dict[str, dict[str, float]] = {
     "VLoRA-7B [1]": dict(zip(GENERAL, VLORA, strict=True)) | _FINE["VLoRA"],
     "LLaVA-v1.5-7B [1, 2]": dict(zip(GENERAL, LLAVA, strict=True))
@@ -79,7 +79,7 @@ def _beside(title: str, names: Sequence[str], ours: dict[str, float]) -> str:
         if any(name in scores for name in names):
             rows.append([model, *(_cell(scores.get(name)) for name in names)])
     rows.append(["**this run**", *(_cell(ours.get(name)) for name in names)])
-    return f"## {title}\n\n{_table(rows)}"
+    return f"## {title}\n\n{as_table(rows)}"
 
 
 def _controls(records: Sequence[dict[str, Any]]) -> str:
@@ -92,7 +92,7 @@ def _controls(records: Sequence[dict[str, Any]]) -> str:
             gain = scores["own"] - scores["none"] if {"own", "none"} <= scores.keys() else None
             shown = [_cell(scores.get(images)) for images in IMAGES]
             rows.append([f"{plain(name)}{f' (first {limit})' if limit else ''}", *shown, _cell(gain)])
-    return _table(rows) if len(rows) > 1 else ""
+    return as_table(rows) if len(rows) > 1 else ""
 
 
 def _asked(records: Sequence[dict[str, Any]]) -> str:
@@ -114,13 +114,8 @@ def _asked(records: Sequence[dict[str, Any]]) -> str:
                 plain(one["note"] or "-"),
             ]
         )
-    return _table(rows)
+    return as_table(rows)
 
 
 def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([head, "|" + " --- |" * len(rows[0]), *body])

@@ -11,8 +11,30 @@ from typing import Any
 
 GENERAL = ("MMBench", "MME", "ScienceQA", "HallusionBench", "MMMU", "CCBench")
 FINE = ("TextVQA", "DocVQA", "InfoVQA", "OCRBench", "average")
+_MINI = "llm=tiny hydra.launcher.finetune=true data.dialogues_per_sample=1 launch.workers=1 seed=0,1,2"
 VLORA = (63.4, 1311.3, 66.4, 26.4, 33.7, 28.6)
 LLAVA = (64.3, 1510.7, 66.8, 27.6, 35.7, 27.5)
+
+
+PRETRAINING = "pretraining data"
+"""Among what a row wants: a part of the path of a source that stage 1 read."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row.
+
+    Attributes:
+        name: As printed.
+        scores: Of the benchmarks; empty: not in the paper.
+        wanted: What tells a run of it: values of configuration keys, and `PRETRAINING`.
+        mini: Whether a small run can fill it; these all read the same data.
+    """
+
+    name: str
+    scores: tuple[float, ...]
+    wanted: dict[str, Any]
+    mini: bool = True
 
 
 @dataclass(frozen=True)
@@ -23,37 +45,37 @@ class Table:
         number: In the paper.
         title: What it compares.
         benchmarks: Names of the columns.
-        rows: Name of a row, its scores, and what tells a run of it: values of configuration keys.
+        rows: In the paper's order.
         command: What makes the runs at full size, and on this machine.
     """
 
     number: int
     title: str
     benchmarks: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[float, ...], dict[str, Any]], ...]
+    rows: tuple[Row, ...]
     command: str
 
 
 def _sweep(number: int, title: str, key: str, experiment: str, rows: dict[Any, tuple[float, ...]]) -> Table:
     point = {"connector.name": "vlora"}
-    found = tuple((str(value), scores, point | {key: value}) for value, scores in rows.items())
+    found = tuple(Row(str(value), scores, point | {key: value}) for value, scores in rows.items())
     command = (
         f"python -m train experiment={experiment} hydra/launcher=slurm hydra.launcher.finetune=true; "
-        f"mini: python -m train experiment={experiment} scale=mini hydra.launcher.finetune=true seed=0,1,2"
+        f"mini: python -m train experiment={experiment} scale=mini {_MINI}"
     )
     return Table(number, title, GENERAL, found, command)
 
 
-def _connector(name: str, data: str | None = None) -> dict[str, Any]:
-    return {"connector.name": name} | ({} if data is None else {"pretraining data": data})
+def _of(connector: str, data: str | None = None) -> dict[str, Any]:
+    return {"connector.name": connector} | ({} if data is None else {PRETRAINING: data})
 
 
 _SYSTEMS = (
-    ("LLaVA-v1.5, LLaVA-Pretrain", LLAVA, _connector("mlp", "llava_pretrain")),
-    ("LLaVA-v1.5, CapsFusion", (64.6, 1470.0, 67.7, 27.4, 33.8, 25.3), _connector("mlp", "capsfusion")),
-    ("LLaVA with a Q-Former, CapsFusion", (60.7, 1241.5, 67.3, 26.7, 33.8, 25.3), _connector("qformer")),
-    ("VLoRA, CapsFusion", VLORA, _connector("vlora")),
-    ("cross-attention (ours, not in the paper)", (), _connector("crossattn")),
+    Row("LLaVA-v1.5, LLaVA-Pretrain", LLAVA, _of("mlp", "llava_pretrain")),
+    Row("LLaVA-v1.5, CapsFusion", (64.6, 1470.0, 67.7, 27.4, 33.8, 25.3), _of("mlp", "capsfusion"), mini=False),
+    Row("LLaVA with a Q-Former, CapsFusion", (60.7, 1241.5, 67.3, 26.7, 33.8, 25.3), _of("qformer")),
+    Row("VLoRA, CapsFusion", VLORA, _of("vlora")),
+    Row("cross-attention (ours, not in the paper)", (), _of("crossattn")),
 )
 TABLES = (
     Table(
@@ -62,7 +84,7 @@ TABLES = (
         GENERAL,
         _SYSTEMS,
         "python -m train experiment=vlora_7b | llava_v15_7b | llava_v15_7b_capsfusion | llava_qformer_7b; "
-        "mini: python -m train.demo --connectors vlora mlp",
+        f"mini: python -m train -m connector=vlora,mlp,qformer,crossattn {_MINI}",
     ),
     _sweep(
         3,
@@ -105,8 +127,8 @@ TABLES = (
         "text in images",
         FINE,
         (
-            ("LLaVA-v1.5", (58.2, 18.4, 20.4, 31.8, 32.2), _connector("mlp")),
-            ("VLoRA", (51.4, 13.4, 19.5, 27.7, 28.0), _connector("vlora")),
+            Row("LLaVA-v1.5", (58.2, 18.4, 20.4, 31.8, 32.2), _of("mlp", "llava_pretrain"), mini=False),
+            Row("VLoRA", (51.4, 13.4, 19.5, 27.7, 28.0), _of("vlora"), mini=False),
         ),
         "as Table 2",
     ),
@@ -114,7 +136,10 @@ TABLES = (
         7,
         "training speed",
         ("samples/s, stage 1", "samples/s, stage 2"),
-        (("LLaVA", (106, 46), _connector("mlp")), ("VLoRA", (246, 73), _connector("vlora"))),
-        "python -m benchmarks.vlora_vs_llava",
+        (
+            Row("LLaVA", (106, 46), _of("mlp", "llava_pretrain"), mini=False),
+            Row("VLoRA", (246, 73), _of("vlora"), mini=False),
+        ),
+        "python -m benchmarks.vlora_vs_llava; mini: docs/paper.md",
     ),
 )
