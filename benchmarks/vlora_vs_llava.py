@@ -1,4 +1,4 @@
-"""Table 7 of the paper, through the whole product: training speed and memory of every connector at equal work.
+"""Table 7 of the paper, through the whole product: training speed of every connector on the same data.
 
     python -m benchmarks.vlora_vs_llava                                      both stages, 64 to 576 visual tokens
     python -m benchmarks.vlora_vs_llava --tokens 576 --stages pretrain --steps 6
@@ -7,11 +7,11 @@
 Each figure is a run of `python -m train` on the real engine and loader, ZeRO-3 on two ranks: the same LLM, the same
 texts (captions of 48 tokens, conversations of 260) and the same cached features of the built-in encoder, on images of
 as many patches; only the connector differs. `mlp` puts all patches into the input, `qformer` a quarter as many tokens,
-`vlora` and `crossattn` none. All make steps of the same samples, each in the largest micro-batches that `--positions`
-of the LLM's input allow, as one who fills a GPU would: ZeRO-3 gathers the weights once per micro-step. Rounds go
-through all connectors in turn, so that a busy machine slows all alike; the median step of all rounds counts. The last
-column is how much of the FLOPs that a connector saves against `mlp` became time: the ratio of times over that of FLOPs.
-Wall time: only a quiet machine gives figures worth writing down.
+`vlora` and `crossattn` none. A step is one micro-batch a rank, of as many samples as `--positions` of the LLM's input
+hold, as one who fills a GPU would: without visual tokens more samples fit, and ZeRO-3 gathers the weights less often.
+Rounds go through all connectors in turn, so that a busy machine slows all alike; the median step of all rounds counts.
+The last column is how much of the FLOPs that a connector saves against `mlp` became time: the ratio of the times of a
+sample over that of its FLOPs. Wall time: only a quiet machine gives figures worth writing down.
 """
 
 from __future__ import annotations
@@ -42,10 +42,9 @@ from train.measure.tracking import read_metrics
 
 CONNECTORS = ("mlp", "qformer", "crossattn", "vlora")
 TEXT = {"pretrain": 48, "finetune": 260}
-BATCH = {"pretrain": 64, "finetune": 16}
-"""Samples of a step, over both ranks."""
-WARM_UP = 1
-"""First steps of a run that do not count: they allocate, and trace ZeRO-3's order."""
+RANKS = 2
+WARM_UP = 2
+"""First steps of a run that do not count: they allocate, and ZeRO-3 learns the order in which weights are wanted."""
 WORDS = ("the", "a", "red", "blue", "green", "small", "large", "circle", "square", "is", "on", "of", "near", "left")
 
 
@@ -55,12 +54,14 @@ class Figures:
 
     Attributes:
         seconds: Of every step that counts.
-        peak_gib: Largest resident memory of a rank.
+        peak_gib: Largest memory of a rank.
+        samples: Of one step.
         flops: Of one step.
     """
 
     seconds: list[float] = field(default_factory=list)
     peak_gib: float = 0.0
+    samples: int = 0
     flops: float = 0.0
 
 
@@ -91,17 +92,15 @@ def _png(pixels: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def micro_batch(connector: str, stage: str, tokens: int, batch: int, positions: int) -> int:
-    """Rows of a rank's micro-batch: the most that divide its share and have at most `positions` in the LLM's input."""
-    row = TEXT[stage] + {"mlp": tokens, "qformer": max(1, tokens // 4)}.get(connector, 0)
-    return max(
-        rows for rows in range(1, batch // 2 + 1) if batch // 2 % rows == 0 and rows * row <= max(positions, row)
-    )
+def rows(connector: str, stage: str, tokens: int, positions: int) -> int:
+    """Samples of a rank's micro-batch: as many as have at most `positions` in the LLM's input together."""
+    one = TEXT[stage] + {"mlp": tokens, "qformer": max(1, tokens // 4)}.get(connector, 0)
+    return max(1, positions // one)
 
 
 def overrides(options: argparse.Namespace, connector: str, stage: str, tokens: int, folder: Path) -> list[str]:
     """The run of one connector."""
-    side, batch = math.isqrt(tokens), options.batch[stage]
+    side, batch = math.isqrt(tokens), rows(connector, stage, tokens, options.positions)
     if side * side != tokens:
         raise UserError(f"--tokens {tokens}: an image has a square of patches; give 16, 64, 144, 256 or 576")
     split = "caption" if stage == "pretrain" else "conversation"
@@ -111,10 +110,10 @@ def overrides(options: argparse.Namespace, connector: str, stage: str, tokens: i
         f"stage={stage}", *start,
         f"vision.image_size={14 * side}", "vision.image_mode=resize", "vision.keep_cls=false", "vision.cache=true",
         f"data.root={folder / 'data'}", f"data.train=[{{path: made_up/{split}, weight: 1.0}}]", "data.val=null",
-        "data.test=null", f"data.batch_size={batch}", "data.dialogues_per_sample=null", "data.template=bare",
-        f"engine.micro_batch_size={micro_batch(connector, stage, tokens, batch, options.positions)}",
-        "data.group_by=none", f"stage.steps={options.steps + WARM_UP}", "stage.epochs=null", "stage.freeze=[]",
-        "llm.pack_tokens=null", "engine.gradient_checkpointing=false", "engine.zero_stage=3", "launch.workers=2",
+        "data.test=null", f"data.batch_size={RANKS * batch}", f"engine.micro_batch_size={batch}",
+        "data.dialogues_per_sample=null", "data.template=bare", "data.group_by=none",
+        f"stage.steps={options.steps + WARM_UP}", "stage.epochs=null", "stage.freeze=[]",
+        "llm.pack_tokens=null", "engine.gradient_checkpointing=false", "engine.zero_stage=3", f"launch.workers={RANKS}",
         "tracking.wandb=disabled", "tracking.log_every=1", "tracking.weights_every=100000", "checkpoint.every=null",
     ]  # fmt: skip
 
@@ -153,7 +152,7 @@ def run(words: list[str], run_dir: Path) -> tuple[list[float], float]:
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[tuple[str, int], dict[str, Figures]]:
     """Figures of every connector, by stage and visual tokens."""
-    write_data(folder / "data", samples=max(options.batch.values()) * 2)
+    write_data(folder / "data", samples=RANKS * rows("vlora", "pretrain", 0, options.positions))
     found: dict[tuple[str, int], dict[str, Figures]] = defaultdict(lambda: {c: Figures() for c in CONNECTORS})
     for tokens in options.tokens:
         for stage in ("pretrain", "finetune"):
@@ -169,42 +168,43 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[tuple[str, int], 
                         one = found[stage, tokens][connector]
                         one.seconds += seconds
                         one.peak_gib = max(one.peak_gib, peak)
-                        one.flops = step_flops(words, stage, options.batch[stage])
+                        one.samples = RANKS * rows(connector, stage, tokens, options.positions)
+                        one.flops = step_flops(words, stage, one.samples)
     return found
 
 
-def report(
-    found: dict[tuple[str, int], dict[str, Figures]], batches: dict[str, int]
-) -> tuple[str, list[dict[str, Any]]]:
+def report(found: dict[tuple[str, int], dict[str, Figures]]) -> tuple[str, list[dict[str, Any]]]:
     """The table, and its rows for JSON."""
     lines = [
-        f"{'stage':<10}{'tokens':>7}  {'connector':<11}{'samples/s':>10}{'GiB':>7}{'TFLOPs':>9}"
+        f"{'stage':<10}{'tokens':>7}  {'connector':<11}{'batch':>6}{'samples/s':>10}{'GiB':>7}{'GFLOPs':>9}"
         f"{'FLOPs x':>9}{'time x':>8}{'share':>7}"
     ]
-    rows = []
+    table = []
     for (stage, tokens), figures in found.items():
-        rival, batch = figures["mlp"], batches[stage]
-        for connector, one in figures.items():
-            step = median(one.seconds)
-            fewer, faster = rival.flops / one.flops, median(rival.seconds) / step
-            rows.append(
+        speeds = {name: one.samples / median(one.seconds) for name, one in figures.items()}
+        costs = {name: one.flops / one.samples for name, one in figures.items()}
+        for name, one in figures.items():
+            fewer, faster = costs["mlp"] / costs[name], speeds[name] / speeds["mlp"]
+            table.append(
                 {
                     "stage": stage,
                     "visual_tokens": tokens,
-                    "connector": connector,
-                    "samples_per_s": batch / step,
+                    "connector": name,
+                    "samples_of_a_step": one.samples,
+                    "samples_per_s": speeds[name],
+                    "seconds": one.seconds,
                     "peak_gib": one.peak_gib,
-                    "tflops_per_step": one.flops / 1e12,
+                    "gflops_per_sample": costs[name] / 1e9,
                     "fewer_flops": fewer,
                     "less_time": faster,
                     "share": faster / fewer,
                 }
             )
             lines.append(
-                f"{stage:<10}{tokens:>7}  {connector:<11}{batch / step:>10.2f}{one.peak_gib:>7.2f}"
-                f"{one.flops / 1e12:>9.3f}{fewer:>9.2f}{faster:>8.2f}{faster / fewer:>7.0%}"
+                f"{stage:<10}{tokens:>7}  {name:<11}{one.samples:>6}{speeds[name]:>10.2f}{one.peak_gib:>7.2f}"
+                f"{costs[name] / 1e9:>9.1f}{fewer:>9.2f}{faster:>8.2f}{faster / fewer:>7.0%}"
             )
-    return "\n".join(lines), rows
+    return "\n".join(lines), table
 
 
 def main() -> int:
@@ -214,19 +214,17 @@ def main() -> int:
     parser.add_argument("--llm", default="smollm2_135m", help="a preset of conf/llm whose weights are here")
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 144, 256, 576])
     parser.add_argument("--stages", nargs="+", choices=list(TEXT), default=list(TEXT))
-    parser.add_argument("--batch", type=int, help=f"samples of a step, over both ranks; default {BATCH}")
     parser.add_argument("--positions", type=int, default=2560, help="of a rank's micro-batch at most; 2560 take 6 GiB")
     parser.add_argument("--steps", type=int, default=3, help="steps of a round that count")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    options.batch = {stage: options.batch or size for stage, size in BATCH.items()}
     with tempfile.TemporaryDirectory(prefix="vlora-vs-llava-") as folder:
         found = measure(options, Path(folder))
-    text, rows = report(found, options.batch)
+    text, table = report(found)
     print(text)
     if options.json is not None:
-        options.json.write_text(json.dumps(rows, indent=1))
+        options.json.write_text(json.dumps(table, indent=1))
     return 0
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from common.settings import one_of
 from model.batch import Batch
+from model.blocks import Block
 from model.config import ModelConfig
 from model.decoder.cross_attention import GatedCrossAttention, VisualContext, attach_blocks
 from model.decoder.injection import inject
@@ -295,12 +296,7 @@ class QFormer(nn.Module):
         self.visual_proj = nn.Linear(feature_width, width)
         self.pos_embed = nn.Parameter(torch.randn(num_patches, width) * 0.02)
         self.queries = nn.Parameter(torch.randn(connector.num_queries, width) * 0.02)
-        self.blocks = nn.ModuleList(
-            nn.TransformerDecoderLayer(
-                width, connector.num_heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-            )
-            for _ in range(connector.num_blocks)
-        )
+        self.blocks = nn.ModuleList(Block(width, connector.num_heads, 4 * width) for _ in range(connector.num_blocks))
         self.norm = nn.LayerNorm(width)
         self.out = nn.Linear(width, hidden_size)
 

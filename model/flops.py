@@ -17,7 +17,7 @@ def linear_weights(module: nn.Module, trained: bool | None = None) -> int:
 
 
 def blocks_flops(blocks: nn.ModuleList, queries: int, keys: int) -> float:
-    """`nn.TransformerDecoderLayer` blocks: q, k, v, o of both attentions and the feed-forward."""
+    """`Block`s: q, k, v, o of both attentions and the feed-forward."""
     if not blocks:
         return 0.0
     block = blocks[0]

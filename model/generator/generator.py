@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from model.blocks import Block
 from model.config import GeneratorConfig
 from model.generator.image_norm import ImageNorm
 from model.generator.placement import Placement, Site
@@ -79,16 +80,7 @@ class Stack(nn.Module):
         self.groups, self.rank = groups, config.rank
         self.queries = nn.Parameter(torch.empty(sum(map(len, groups)), config.width))
         self.blocks = nn.ModuleList(
-            nn.TransformerDecoderLayer(
-                config.width,
-                config.num_heads,
-                int(config.width * config.ffn_ratio),
-                dropout=0.0,
-                activation="gelu",
-                layer_norm_eps=_EPS,
-                batch_first=True,
-                norm_first=True,
-            )
+            Block(config.width, config.num_heads, int(config.width * config.ffn_ratio))
             for _ in range(config.num_blocks)
         )
         self.norm = nn.LayerNorm(config.width, eps=_EPS)
