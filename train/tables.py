@@ -194,8 +194,19 @@ def _images(trial: Trial) -> str:
 
 
 def _rates(trial: Trial) -> str:
-    """Of stage 2, as text."""
-    return ", ".join(f"{name} {rate:g}" for name, rate in trial.rates[-1].items())
+    """Of stage 2, as text; those of a generator's parts only where there is one."""
+    without = () if trial.connector == "vlora" else ("heads", "output_factors")
+    return ", ".join(f"{name} {rate:g}" for name, rate in trial.rates[-1].items() if name not in without)
+
+
+def _connectors(trials: list[Trial]) -> dict[tuple[str, Hashable], list[Trial]]:
+    """The trials of each connector and length; with a generator those of the usual one."""
+    systems = TABLES[0]
+    found: dict[tuple[str, Hashable], list[Trial]] = {}
+    for row in systems.rows:
+        for trial in of_row(systems, row.wanted, trials, _trial_facts) if row.mini else ():
+            found.setdefault((trial.connector, _length(trial)), []).append(trial)
+    return found
 
 
 def render_connectors(mini: dict[str, list[Trial]]) -> str:
@@ -204,29 +215,27 @@ def render_connectors(mini: dict[str, list[Trial]]) -> str:
     heads += ["minutes of training", "% right"]
     rows = []
     for setting_, trials in mini.items():
-        compared = [
-            t for row in TABLES[0].rows if row.mini for t in of_row(TABLES[0], row.wanted, trials, _trial_facts)
-        ]
-        for key in sorted({(_length(t), t.connector) for t in compared}, key=str):
-            same = [t for t in compared if (_length(t), t.connector) == key]
+        for (connector, _), same in _connectors(trials).items():
             asked = "all" if same[0].questions is None else str(same[0].questions)
             minutes = f"{mean(t.seconds for t in same) / 60:.1f}"
-            rows.append([setting_, key[1], _images(same[0]), asked, _rates(same[0]), minutes, interval(same)])
+            rows.append([setting_, connector, _images(same[0]), asked, _rates(same[0]), minutes, interval(same)])
     title = "## The connectors at equal samples and at equal time"
     return f"{title}\n\n{as_table(_plain(heads, *rows))}" if rows else f"{title}\n\nNot run."
 
 
 def render_rates(trials: list[Trial]) -> str:
-    """Validation loss of every rate that was tried."""
-    heads = ["mini", "connector", "images: stage 1, stage 2", "rates of stage 2", "validation loss, seed 0"]
-    tried: dict[tuple[str, str], list[Trial]] = {}
-    for trial in trials:
-        if trial.val_loss is not None and trial.seed == 0:
-            tried.setdefault((trial.setting, trial.connector), []).append(trial)
+    """Validation loss of every rate that was tried, where one seed tried several."""
+    heads = ["mini", "connector", "images: stage 1, stage 2", "seed", "rates of stage 2", "validation loss"]
     rows = []
-    for key, some in tried.items():
-        if len({str(trial.rates) for trial in some}) > 1:
-            rows += [[*key, _images(t), _rates(t), f"{t.val_loss:.4f}"] for t in some]
+    for setting_ in dict.fromkeys(trial.setting for trial in trials):
+        here = [trial for trial in trials if trial.setting == setting_ and trial.val_loss is not None]
+        for (connector, _), same in _connectors(here).items():
+            for seed in sorted({trial.seed for trial in same}):
+                tried = [trial for trial in same if trial.seed == seed]
+                if len(tried) > 1:
+                    rows += [
+                        [setting_, connector, _images(t), str(seed), _rates(t), f"{t.val_loss:.4f}"] for t in tried
+                    ]
     title = "## Rates that were tried"
     return f"{title}\n\n{as_table(_plain(heads, *rows))}" if rows else f"{title}\n\nNone."
 
@@ -237,14 +246,14 @@ def main() -> int:
     folder = Path(options.runs)
     if not folder.is_dir():
         raise ConfigError(f"runs={folder}: no such folder")
-    for name, file in (("trials", options.trials), ("out", options.out)):
-        if file is not None and (Path(file).is_dir() or not Path(file).parent.is_dir()):
-            raise ConfigError(f"{name}={file}: give a file in a folder that is there")
-    runs, trials = find_runs(folder, options.split)
-    if options.trials is not None:
-        kept = trial_file.read(Path(options.trials)) if Path(options.trials).exists() else []
-        trials = trial_file.merge(kept, trials)
-        trial_file.write(Path(options.trials), trials)
+    for name, path in (("trials", options.trials), ("out", options.out)):
+        if path is not None and (Path(path).is_dir() or not Path(path).parent.is_dir()):
+            raise ConfigError(f"{name}={path}: give a file in a folder that is there")
+    runs, found = find_runs(folder, options.split)
+    file = None if options.trials is None else Path(options.trials)
+    trials = trial_file.merge(trial_file.read(file) if file is not None and file.exists() else [], found)
+    if file is not None:
+        trial_file.write(file, trials)
     mini = columns(trials)
     text = "\n\n".join(
         [

@@ -76,13 +76,14 @@ def test_settings_lengths_and_rates_are_never_mixed(tmp_path, monkeypatch):
         write(tmp_path / f"vlora{seed}", {"percent": 70.0 + seed}, f"seed={seed}")
     write(tmp_path / "rate", {}, "connector=mlp", other, val_loss=0.5)  # tried on validation data, never scored
     write(tmp_path / "time", {"percent": 90.0}, "connector=mlp", tuned, steps=40)  # equal time, not equal samples
+    write(tmp_path / "again", {"percent": 70.0}, "seed=0")  # a repetition is no third seed
     write(tmp_path / "llm", {"percent": 20.0}, "llm=tiny", "generator=smollm2_135m")
     text = made(monkeypatch, f"runs={tmp_path}", f"out={tmp_path}/tables.md", f"trials={tmp_path}/trials.jsonl")
     head = next(line for line in text.splitlines() if line.startswith("| how the image"))
-    assert head.index("smollm2-135m-instruct, easy_vqa/test") > head.index("tiny-llama, easy_vqa/test")
+    assert head.index("smollm2-135m-instruct, easy_vqa/test") < head.index("tiny-llama, easy_vqa/test")
     mlp = row(text, 2, "LLaVA-v1.5, LLaVA-Pretrain")
-    assert mlp[-2] == "not run" and mlp[-1].startswith("60.5 (") and mlp[-1].endswith("2 seeds)")
-    assert row(text, 2, "VLoRA, CapsFusion")[-2:] == ["20.0 (1.0-99.0, 1 seed)", "70.5 (64.1-76.9, 2 seeds)"]
+    assert mlp[-1] == "not run" and mlp[-2].startswith("60.5 (") and mlp[-2].endswith("2 seeds)")
+    assert row(text, 2, "VLoRA, CapsFusion")[-2:] == ["70.5 (64.1-76.9, 2 seeds)", "20.0 (1.0-99.0, 1 seed)"]
     costs = text.split("## The connectors at equal samples and at equal time")[1].split("## ")[0]
     ((longer),) = (line for line in costs.splitlines() if "1920" in line)
     # 4 steps of 48 and 40 of 48 at 2 images a second.
