@@ -136,16 +136,36 @@ def usual_value(values: list[H]) -> H | None:
 
 
 def columns(trials: Iterable[Trial]) -> dict[str, list[Trial]]:
-    """The scored trials by setting, each connector with the rates that most of its trials have."""
+    """The scored trials by setting."""
     found: dict[str, list[Trial]] = {}
     for trial in trials:
         if trial.percent is not None:
             found.setdefault(trial.setting, []).append(trial)
-    return {name: [t for t in all_ if _rates(t) == _usual_rates(t.connector, all_)] for name, all_ in found.items()}
+    return found
 
 
-def _usual_rates(connector: str, trials: list[Trial]) -> str | None:
-    return usual_value([_rates(trial) for trial in trials if trial.connector == connector])
+def of_table(table: Table, trials: list[Trial]) -> dict[str, list[Trial]]:
+    """The trials of every row, by its name, all of one length.
+
+    A table of connectors takes each at its own rates, those with the lowest validation loss; one that varies the
+    generator takes the rates that most of its trials have.
+    """
+    length = usual_value([_length(trial) for trial in trials])
+    equal = [trial for trial in trials if _length(trial) == length]
+    found = {row.name: of_row(table, row.wanted, equal, _trial_facts) if row.mini else [] for row in table.rows}
+    if len({row.wanted["connector.name"] for row in table.rows}) > 1:
+        return {name: [t for t in some if _rates(t) == _best_rates(some)] for name, some in found.items()}
+    usual = usual_value([_rates(trial) for some in found.values() for trial in some])
+    return {name: [t for t in some if _rates(t) == usual] for name, some in found.items()}
+
+
+def _best_rates(trials: list[Trial]) -> str | None:
+    """Of the trials of one connector: the rates with the lowest mean validation loss; without one, the usual rates."""
+    losses: dict[str, list[float]] = {}
+    for trial in trials:
+        if trial.val_loss is not None:
+            losses.setdefault(_rates(trial), []).append(trial.val_loss)
+    return min(losses, key=lambda rates: mean(losses[rates])) if losses else usual_value([_rates(t) for t in trials])
 
 
 def interval(trials: list[Trial]) -> str:
@@ -160,18 +180,18 @@ def interval(trials: list[Trial]) -> str:
 
 def render(table: Table, runs: list[Run], mini: dict[str, list[Trial]]) -> str:
     """One table as Markdown."""
-    shown = mini if any(row.mini for row in table.rows) else {}
+    shown = {name: of_table(table, trials) for name, trials in mini.items()} if any(r.mini for r in table.rows) else {}
     heads = [table.title, *(f"{name}: paper" for name in table.benchmarks), "ours, full size"]
-    heads += [f"mini, % right: {name}" for name in shown]
+    for name, filled in shown.items():
+        rates = {_rates(trial) for some in filled.values() for trial in some}
+        heads.append(f"mini, % right: {name}" + (f"; {rates.pop()}" if len(rates) == 1 else ""))
     rows = []
     for row in table.rows:
         cells = [row.name, *([f"{score:g}" for score in row.scores] or ["-"] * len(table.benchmarks))]
         ours = of_row(table, row.wanted, runs, lambda run: run.facts)
         cells.append("; ".join(_benchmarks(run, table) for run in ours if run.benchmarks) or "not run")
-        for trials in shown.values():
-            length = usual_value([_length(trial) for trial in trials])
-            equal = [trial for trial in trials if _length(trial) == length]
-            small = of_row(table, row.wanted, equal, _trial_facts) if row.mini else []
+        for filled in shown.values():
+            small = filled[row.name]
             cells.append(interval(small) if small else "not run" if row.mini else "-")
         rows.append(cells)
     return f"## Table {table.number}: {table.title}\n\n`{table.command}`\n\n{as_table(_plain(heads, *rows))}"
@@ -215,7 +235,8 @@ def render_connectors(mini: dict[str, list[Trial]]) -> str:
     heads += ["minutes of training", "% right"]
     rows = []
     for setting_, trials in mini.items():
-        for (connector, _), same in _connectors(trials).items():
+        for (connector, _), all_ in _connectors(trials).items():
+            same = [trial for trial in all_ if _rates(trial) == _best_rates(all_)]
             asked = "all" if same[0].questions is None else str(same[0].questions)
             minutes = f"{mean(t.seconds for t in same) / 60:.1f}"
             rows.append([setting_, connector, _images(same[0]), asked, _rates(same[0]), minutes, interval(same)])

@@ -93,6 +93,22 @@ def test_settings_lengths_and_rates_are_never_mixed(tmp_path, monkeypatch):
     assert "connector 0.01, " in rates and "0.5000" in rates and "connector 0.003, " in rates and "vlora" not in rates
 
 
+def test_connectors_are_compared_at_their_best_rates_and_ablations_at_the_usual_ones(tmp_path, monkeypatch):
+    best = "optim.lr.connector=0.0001"
+    for seed in (0, 1):
+        write(tmp_path / f"qkvo{seed}", {"percent": 70.0}, f"seed={seed}", val_loss=0.3)
+        write(tmp_path / f"qkv{seed}", {"percent": 50.0}, f"seed={seed}", "generator.types=qkv", val_loss=0.1)
+    write(tmp_path / "tuned", {"percent": 80.0}, best, val_loss=0.2)
+    write(tmp_path / "rank", {"percent": 71.0}, "generator.rank=32", val_loss=0.3)
+    write(tmp_path / "tuned-rank", {"percent": 81.0}, "generator.rank=32", best, val_loss=0.2)
+    write(tmp_path / "rank64", {"percent": 72.0}, "generator.rank=64", val_loss=0.3)
+    text = made(monkeypatch, f"runs={tmp_path}", f"out={tmp_path}/tables.md")
+    assert row(text, 2, "VLoRA, CapsFusion")[-1] == "80.0 (1.0-99.0, 1 seed)"
+    assert row(text, 3, "qkv")[-1] == "50.0 (50.0-50.0, 2 seeds)"
+    assert row(text, 4, "16")[-1] == "70.0 (70.0-70.0, 2 seeds)" and row(text, 4, "32")[-1] == "71.0 (1.0-99.0, 1 seed)"
+    assert "px; connector 0.0008, " in text.split("## Table 4")[1].split("\n| 16")[0]
+
+
 def test_trials_outlive_their_runs(tmp_path, monkeypatch):
     runs, kept = tmp_path / "runs", tmp_path / "trials.jsonl"
     write(runs / "a", {"percent": 80.0})
