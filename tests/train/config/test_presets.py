@@ -100,7 +100,7 @@ def test_a_recipe_of_a_connector_goes_before_that_of_the_llm(tmp_path: Path, mon
     (conf / "recipe" / "tiny" / "pretrain_mlp.yaml").write_text(recipe)
     assert resolve(tree("llm=tiny", "connector=mlp", conf=conf)).optim.lr.connector == 0.25
     assert resolve(tree("llm=tiny", "connector=mlp", conf=conf)).stage.steps == 40
-    assert resolve(tree("llm=tiny", conf=conf)).optim.lr.connector == 1.5e-3
+    assert resolve(tree("llm=tiny", conf=conf)).optim.lr.connector == 1.5e-4
 
 
 def test_the_built_in_encoders_image_size_stays_with_it() -> None:
