@@ -24,6 +24,7 @@ def run(path: Path) -> int:
     stop.install()  # before the imports below, which take seconds
 
     from train.config import load
+    from train.data import loader_errors
     from train.engine.stage import run_stage
     from train.measure.profiling import memory_explained
     from train.process import distributed, watchdog
@@ -35,7 +36,7 @@ def run(path: Path) -> int:
     device = distributed.init(config.engine.timeout_minutes)
     try:
         guard = watchdog.Watchdog(path, distributed.rank(), minutes and 60 * minutes)
-        with guard, memory_explained(config, path):
+        with loader_errors(), guard, memory_explained(config, path):
             finished = run_stage(config, path, device, stop)
         if distributed.rank() == 0:
             write_atomically(files.done if finished else files.stopped, f"{stop.reason or 'finished'}\n")

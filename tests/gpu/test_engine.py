@@ -21,7 +21,7 @@ def test_three_zero3_steps_equal_plain_torch():
         env=environment,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.strip().splitlines()[-1])

@@ -73,7 +73,11 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["run=nowhere", "run={parts}", "run={run},nowhere", "run={run},{run}", "run=,", "out={image}",
          "out={image}/below"],
     ),
-    "train.tables": (["runs={home}"], ["runs=nowhere", "runs={image}", "out={run}", "out=nowhere/there.md"]),
+    "train.tables": (
+        ["runs={home}"],
+        ["runs=nowhere", "runs={image}", "trials={run}", "trials={image}", "trials=nowhere/trials.jsonl", "out={run}",
+         "out=nowhere/there.md"],
+    ),
     "benchmarks.inference": (
         ["llm={parts}/llm", "vision={parts}/vision"],
         ["llm=nowhere", "vision=nowhere", "ranks=four", "ranks=0", "ranks=", "types=qx", "text=0", "text=,",

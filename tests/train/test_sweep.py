@@ -69,7 +69,7 @@ def test_who_stops_a_point_stops_the_sweep_and_its_command_goes_on(tmp_path):
     process = world.start(command)
     world.wait_for(lambda: any(map(world.steps_done, tmp_path.glob("sweeps/*/0"))), process)
     os.kill(process.pid, signal.SIGTERM)
-    out, err = process.wait(60)
+    out, err = process.wait(300)
     (folder,) = (tmp_path / "sweeps").iterdir()
     assert process.returncode == 0, err
     assert f"the same command with hydra.sweep.dir={folder} goes on" in out
@@ -80,7 +80,7 @@ def test_who_stops_a_point_stops_the_sweep_and_its_command_goes_on(tmp_path):
     world.wait_for(lambda: world.steps_done(second / "0") > 0, process)
     assert all(RunDir(folder / name).done.exists() for name in "01")
     os.kill(process.pid, signal.SIGINT)
-    out, err = process.wait(60)
+    out, err = process.wait(300)
     assert process.returncode == 0 and "the same command goes on" in out, err
     assert RunDir(second / "0").stopped.exists() and not (second / "1").exists()
     done = world.train([*command, f"hydra.sweep.dir={folder}"])

@@ -207,5 +207,5 @@ def kill_tree(process: Command) -> None:
     tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for member in tree:
         member.kill()
-    psutil.wait_procs(tree, timeout=10)
-    process.wait(10)
+    psutil.wait_procs(tree, timeout=60)
+    process.wait(60)

@@ -50,7 +50,7 @@ def loader_errors() -> Iterator[None]:
     """Name the cause when a loader process dies; also a decorator.
 
     torch raises from a signal handler, wherever the main thread is at that moment: in the middle of a step as well as
-    in `TrainLoader.__next__`.
+    in `TrainLoader.__next__`. Once told, a further death interrupts nothing: the process is on its way out.
 
     Raises:
         DataError: a loader process was killed.
@@ -60,6 +60,7 @@ def loader_errors() -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         raise DataError(
             f"{error}; if memory ran out, lower data.num_workers or data.prefetch. The run resumes from its newest "
             "checkpoint when it is started again"
@@ -231,7 +232,13 @@ class TrainLoader:
         if self._iterator is None:
             self._iterator = self._start()
         with loader_errors():
-            step = next(self._iterator)
+            try:
+                step = next(self._iterator)
+            except (ConnectionError, EOFError) as error:
+                if not self.workers:
+                    raise
+                # It died while it handed over a batch: the broken connection comes before torch's signal.
+                raise RuntimeError(f"DataLoader worker is gone: {str(error) or type(error).__name__}") from error
         if step.error is not None:
             raise DataError(step.error)
         self.dropped += step.dropped

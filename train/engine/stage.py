@@ -32,7 +32,6 @@ from train.data import (
     TrainLoader,
     ensure_feature_cache,
     load_preprocessor,
-    loader_errors,
     make_text,
     open_split,
     open_train_split,
@@ -79,7 +78,6 @@ class _Data:
     identity: dict[str, str]
 
 
-@loader_errors()
 def run_stage(config: RunConfig, run_dir: Path, device: torch.device, stop: StopRequest) -> bool:
     """Run (or resume) the stage of a run directory. Collective.
 

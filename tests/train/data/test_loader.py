@@ -71,6 +71,13 @@ def root(tmp_path_factory):
     return root
 
 
+@pytest.fixture(autouse=True)
+def _torch_hears_of_dead_workers(monkeypatch):
+    """Once a test, as once in a rank: `loader_errors` ends it at the first death."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    monkeypatch.setattr("torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", False)
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return AutoTokenizer.from_pretrained(parts.ensure("smollm2-135m-instruct", fetch=False))
@@ -338,6 +345,23 @@ def test_a_worker_killed_while_nothing_is_loaded_is_named_too(root, tokenizer):
             time.sleep(0.01)
     with pytest.raises(RuntimeError, match="^another"), loader_errors():
         raise RuntimeError("another")
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_that_dies_while_it_hands_over_a_batch_is_told_once(root, tokenizer, error, monkeypatch):
+    """The connection breaks before the signal comes, and the signal then interrupts no clearing up."""
+    loader = TrainLoader(config(root, num_workers=1, prefetch=1), tokenizer, PIXELS, seed=5)
+    next(loader)
+
+    def get(timeout):
+        raise error
+
+    monkeypatch.setattr(loader._iterator._data_queue, "get", get)
+    with pytest.raises(DataError, match="DataLoader worker is gone: .*lower data.num_workers"):
+        next(loader)
+    (worker,) = loader._iterator._workers
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
 
 
 def test_tiles_are_images_of_their_sample(root, tokenizer):

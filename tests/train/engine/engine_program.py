@@ -31,7 +31,7 @@ from train.engine.engine import Engine, freeze
 from train.engine.saving import Saver
 from train.process import distributed
 
-device = distributed.init(timeout_minutes=1)
+device = distributed.init(timeout_minutes=10)
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters  # noqa: E402
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad  # noqa: E402
 

@@ -21,7 +21,7 @@ def run_program(ranks: int, *cases: str) -> dict:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=1800,  # against a hang; a slow machine takes 500 s
     )
     lines = [line for line in done.stdout.splitlines() if "RESULTS " in line]
     assert done.returncode == 0 and lines, done.stderr[-3000:]

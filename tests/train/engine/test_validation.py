@@ -40,7 +40,7 @@ def test_the_best_step_is_kept_and_exported_and_training_does_not_change(tmp_pat
     process = world.start(world.overrides(home, run, *constant, *arguments))
     world.wait_for(lambda: world.steps_done(run) >= 3, process)
     os.kill(process.pid, signal.SIGTERM)
-    process.wait(120)
+    process.wait(300)
     train(run, *arguments)
     found = {r["step"]: r["val_loss"] for r in read_metrics(run) if "val_loss" in r}
     assert list(found) == [2, 4, 6]

@@ -68,6 +68,6 @@ def test_ranks_end_with_a_front_end_that_is_killed_before_their_first_step(delay
     time.sleep(delay)
     ranks = front_end.children(recursive=True)
     os.kill(front_end.pid, signal.SIGKILL)
-    process.wait(60)
-    _, left = psutil.wait_procs(ranks, timeout=60)
+    process.wait(300)
+    _, left = psutil.wait_procs(ranks, timeout=300)
     assert not [each for each in left if each.status() != psutil.STATUS_ZOMBIE]

@@ -55,5 +55,5 @@ def run(what: str, number: signal.Signals) -> tuple[int, str, str]:
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
     process.send_signal(number)  # impatience starts no second clock
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=300)
     return process.returncode, out, err
