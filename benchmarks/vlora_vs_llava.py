@@ -94,19 +94,26 @@ def _png(pixels: np.ndarray) -> bytes:
 
 def rows(connector: str, stage: str, tokens: int, positions: int) -> int:
     """Samples of a rank's micro-batch: as many as have at most `positions` in the LLM's input together."""
-    one = TEXT[stage] + {"mlp": tokens, "qformer": max(1, tokens // 4)}.get(connector, 0)
+    one = TEXT[stage] + {"mlp": tokens, "qformer": queries(tokens)}.get(connector, 0)
     return max(1, positions // one)
 
 
-def overrides(options: argparse.Namespace, connector: str, stage: str, tokens: int, folder: Path) -> list[str]:
-    """The run of one connector."""
-    side, batch = math.isqrt(tokens), rows(connector, stage, tokens, options.positions)
+def queries(tokens: int) -> int:
+    """Visual tokens that a Q-Former makes of so many."""
+    return max(1, tokens // 4)
+
+
+def overrides(
+    options: argparse.Namespace, connector: str, stage: str, tokens: int, batch: int, folder: Path
+) -> list[str]:
+    """The run of one connector, `batch` samples a rank and step."""
+    side = math.isqrt(tokens)
     if side * side != tokens:
         raise UserError(f"--tokens {tokens}: an image has a square of patches; give 16, 64, 144, 256 or 576")
     split = "caption" if stage == "pretrain" else "conversation"
     start = [f"init_from={folder / f'{connector}-{tokens}-pretrain-0'}"] if stage == "finetune" else []
     return [
-        f"llm={options.llm}", f"connector={connector}", f"connector.num_queries={max(1, tokens // 4)}",
+        f"llm={options.llm}", f"connector={connector}", f"connector.num_queries={queries(tokens)}",
         f"stage={stage}", *start,
         f"vision.image_size={14 * side}", "vision.image_mode=resize", "vision.keep_cls=false", "vision.cache=true",
         f"data.root={folder / 'data'}", f"data.train=[{{path: made_up/{split}, weight: 1.0}}]", "data.val=null",
@@ -162,13 +169,14 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[tuple[str, int], 
             rounds = options.rounds if stage in options.stages else 1
             for number in range(rounds):
                 for connector in CONNECTORS:
-                    words = overrides(options, connector, stage, tokens, folder)
+                    batch = rows(connector, stage, tokens, options.positions)
+                    words = overrides(options, connector, stage, tokens, batch, folder)
                     seconds, peak = run(words, folder / f"{connector}-{tokens}-{stage}-{number}")
                     if stage in options.stages:
                         one = found[stage, tokens][connector]
                         one.seconds += seconds
                         one.peak_gib = max(one.peak_gib, peak)
-                        one.samples = RANKS * rows(connector, stage, tokens, options.positions)
+                        one.samples = RANKS * batch
                         one.flops = step_flops(words, stage, one.samples)
     return found
 

@@ -31,6 +31,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from common.errors import UserError
 from common.files import write_atomically
+from common.markdown import as_table
 from model.batch import Batch
 from model.config import ConnectorConfig, GeneratorConfig, ModelConfig, VisionConfig
 from model.connectors import VLoRAConnector
@@ -428,10 +429,8 @@ def render(entries: dict[str, Entry], encoders: dict[str, str]) -> str:
         "",
         "`types` are the projections that take deltas (`generator.types`); connectors with visual tokens need none.",
         "",
-        "| family | types | " + " | ".join(CHECKS) + " |",
-        "| --- | --- |" + " --- |" * len(CHECKS),
     ]
-    notes = []
+    table, notes = [["family", "types", *CHECKS]], []
     for entry in entries.values():
         if not entry.checks:
             continue
@@ -441,15 +440,15 @@ def render(entries: dict[str, Entry], encoders: dict[str, str]) -> str:
             cells.append("yes" if found == "ok" else "refused" if found.startswith("refused") else "no")
             if found != "ok":
                 notes.append(f"- `{entry.name}`, {check}: {found.removeprefix('refused: ').removeprefix('FAULT: ')}")
-        lines.append(f"| {entry.name} | {' '.join(entry.types)} | {' | '.join(cells)} |")
+        table.append([entry.name, " ".join(entry.types), *cells])
     refused = [entry for entry in entries.values() if not entry.checks]
-    lines += ["", "What was refused or does not work, and why:", "", *(notes or ["- nothing"])]
+    lines += [as_table(table), "", "What was refused or does not work, and why:", "", *(notes or ["- nothing"])]
     lines += ["", "No place for deltas, so `connector=vlora` refuses:", ""]
     lines += [f"- `{entry.name}`: {entry.refused}" for entry in refused if entry.refused]
     lines += [f"- `{entry.name}`: not tried, not built in tiny ({entry.fault})" for entry in refused if entry.fault]
     good = [name for name, why in encoders.items() if not why]
-    lines += ["", f"## Vision encoders: {len(good)} of {len(encoders)}", "", "| encoder | works |", "| --- | --- |"]
-    lines += [f"| {name} | {why or 'yes'} |" for name, why in encoders.items()]
+    lines += ["", f"## Vision encoders: {len(good)} of {len(encoders)}", ""]
+    lines += [as_table([("encoder", "works"), *((name, why or "yes") for name, why in encoders.items())])]
     return "\n".join(lines) + "\n"
 
 

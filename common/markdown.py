@@ -13,7 +13,7 @@ def plain(value: object) -> str:
     return re.sub(r"([\\`*\[\]|])", r"\\\1", text)
 
 
-def as_table(rows: Sequence[Sequence[str]]) -> str:
+def as_table(rows: Sequence[Sequence[object]]) -> str:
     """A table; its first row is the heads. Cells are Markdown: `plain` is the caller's."""
-    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    head, *body = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
     return "\n".join([head, "|" + " --- |" * len(rows[0]), *body])

@@ -26,6 +26,7 @@ import torch
 from common.arguments import Parser, whole
 from common.errors import UserError, run_cli
 from common.files import read_json, write_atomically, write_json
+from common.markdown import as_table
 from model.connectors import CONNECTORS
 from train import config as configuration
 from train.config import DTYPES
@@ -289,16 +290,15 @@ def _report(arguments: argparse.Namespace, steps: Steps, out: Path, results: dic
 def _cost(stages: dict[str, dict[str, dict[str, Any]]], costs: dict[str, dict[str, float]]) -> list[str]:
     """The report's section on what every step of the demo cost."""
     lines = ["## Cost", "", f"All steps: {sum(cost['seconds'] for cost in costs.values()) / 60:.1f} minutes.", ""]
-    lines += ["| step | wall s | core s | peak GB | samples/s | tokens/s | padding | without packing |"]
-    lines += ["|" + " --- |" * 8]
+    table = [["step", "wall s", "core s", "peak GB", "samples/s", "tokens/s", "padding", "without packing"]]
     trained = {f"{s} {c}": figures for c, value in stages.items() for s, figures in value.items()}
     for name, cost in costs.items():
         cells = [f"{cost['seconds']:.0f}", f"{cost['core_seconds']:.0f}", f"{cost['peak_gb']:.2f}"]
         if figures := trained.get(name):
             cells += [f"{figures['samples_per_s']:.1f}", f"{figures['tokens_per_s']:.0f}"]
             cells += [f"{figures[key]:.1%}" for key in ("padding_fraction", "padding_fraction_of_rows")]
-        lines.append("| " + " | ".join([name, *cells, *[""] * (7 - len(cells))]) + " |")
-    lines += ["", "![step time](step_time.png)", ""]
+        table.append([name, *cells, *[""] * (7 - len(cells))])
+    lines += [as_table(table), "", "![step time](step_time.png)", ""]
     if any(figures["vision_features_cached"] for figures in trained.values()):
         lines.append("The frozen encoder's features are computed once and cached (`vision.cache=true`), so the step's")
         lines += ["vision time is zero; the first stage pays for the cache.", ""]

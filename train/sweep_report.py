@@ -18,7 +18,7 @@ from common import places
 from common.arguments import Parser, whole
 from common.errors import UserError, run_cli
 from common.files import read_json, write_atomically
-from common.markdown import plain
+from common.markdown import as_table, plain
 from train import config as configuration
 from train.cluster import slurm, sweep
 from train.measure import plots, results
@@ -80,9 +80,7 @@ def _row(run: Path, index: int, overrides: list[str], queued: str | None) -> dic
         low, middle, high = (steady[int(share * (len(steady) - 1) + 0.5)] for share in (0.25, 0.5, 0.75))
         row |= {"step": records[-1]["step"], "loss": sum(r["loss"] for r in last) / len(last)}
         row |= {"samples_per_s": middle, "samples_per_s_low": low, "samples_per_s_high": high}
-    scores = [e for e in found.evaluations if (e.split, e.images, e.merged) == ("test", "real", False)]
-    if scores:
-        score = max(scores, key=lambda e: e.count).accuracy["overall"]
+    if score := found.score("test"):
         row |= {"accuracy": score.percent, "accuracy_low": score.low, "accuracy_high": score.high}
     return row
 
@@ -128,15 +126,16 @@ def write(folder: Path, rows: list[dict[str, Any]]) -> Path:
     lines = [f"# Sweep {plain(folder.name)}", "", f"{len(rows)} points: {counts}.", ""]
     figures = ("loss", "val loss", "accuracy %", "parameters", "image share", "samples/s")
     head = ["point", *keys, "state", "step", *figures]
-    lines += ["| " + " | ".join(map(plain, head)) + " |", "|" + " --- |" * len(head)]
+    table = [list(map(plain, head))]
     for row in rows:
         values = _values(row)
         cells = [row["point"], *(values.get(k) for k in keys), row["state"], row["step"]]
         cells += [_number(row["loss"], 4), _number(row["val_loss"], 4), _interval(row, "accuracy")]
         cells += [None if row["parameters"] is None else f"{row['parameters']:,}", _number(row["image_share"], 3)]
         cells += [_interval(row, "samples_per_s")]
-        lines.append("| " + " | ".join("" if c is None else plain(c) for c in cells) + " |")
+        table.append(["" if cell is None else plain(cell) for cell in cells])
     lines += [
+        as_table(table),
         "",
         "Accuracy with its 95 % interval; speed: median and middle half of the steps; trained parameters.",
     ]

@@ -31,6 +31,7 @@ from train import config as configuration
 from train.config import RunConfig
 from train.measure import trials as trial_file
 from train.measure.paper_tables import PRETRAINING, TABLES, Table
+from train.measure.results import BENCHMARKS
 from train.measure.trials import Trial
 from train.process.run_files import RunDir
 
@@ -86,8 +87,8 @@ def find_runs(folder: Path, split: str) -> tuple[list[Run], list[Trial]]:
             continue
         if (config.llm.architecture or {}).get("hidden_size") != FULL_WIDTH:
             if run.done.exists():
-                mini.append(trial_file.of_run(file.parent, config, split))
-        elif (scores := run.evaluation / "benchmarks.json").is_file():
+                mini.append(trial_file.of_run(file.parent, split))
+        elif (scores := run.evaluation / BENCHMARKS).is_file():
             found = read_json(scores, "run train.benchmark again")["scores"]
             full.append(Run(_facts(config), {str(name): float(value) for name, value in found.items()}))
     return full, mini

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from common.files import write_atomically
+from common.markdown import as_table
 
 Row = dict[str, Any]
 _PACKAGES = ("torch", "triton", "transformers", "deepspeed", "numpy", "liger-kernel", "apex", "flash-attn", "peft")
@@ -88,9 +89,8 @@ def tables(found: dict[str, Any]) -> str:
         rows = entry["rows"]
         columns = list(dict.fromkeys(key for values in rows.values() for key in values))
         if columns:
-            lines += [f"| | {' | '.join(columns)} |", f"| --- {'| --- ' * len(columns)}|"]
-            lines += [f"| {name} | {' | '.join(_short(v.get(c)) for c in columns)} |" for name, v in rows.items()]
-            lines.append("")
+            body = [[name, *(_short(values.get(c)) for c in columns)] for name, values in rows.items()]
+            lines += [as_table([["", *columns], *body]), ""]
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from common.files import read_json, write_atomically
-from common.markdown import plain
+from common.markdown import as_table, plain
 from train import config as configuration
 from train.config import RunConfig
 from train.process.run_files import RunDir
@@ -44,24 +44,15 @@ def write(run_dir: Path, folder: Path) -> None:
     record, facts = _read(RunDir(run_dir).record), _read(RunDir(run_dir).facts)
     described = _read(folder / "config.json")
     lines = [_FRONT, f"# {plain(run_dir.name)}", "", _what(config), ""]
-    lines += [
-        "| | |",
-        "| --- | --- |",
-        *(f"| {key} | {plain(value)} |" for key, value in training(config, record, facts)),
-    ]
-    lines += [
-        "",
-        "## Parts",
-        "",
-        "| part | from | fingerprint | weights | licence |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    lines += [as_table([("", ""), *((key, plain(value)) for key, value in training(config, record, facts))])]
+    lines += ["", "## Parts", ""]
+    table = [["part", "from", "fingerprint", "weights", "licence"]]
     for name, part in described.get("parts", {}).items():
         base = part.get("base") or part
         where = "trained here, in this folder" if part.get("base") else "not changed, not in this folder"
         source = Path(base["path"]).name if Path(base["path"]).is_absolute() else base["path"]
-        lines.append(f"| {name} | {plain(source)} | {base['fingerprint']} | {where} | {plain(licence(base['path']))} |")
-    lines += ["", *_scores(run_dir), _USE.format(name=folder, question=_question(run_dir))]
+        table.append([name, plain(source), base["fingerprint"], where, plain(licence(base["path"]))])
+    lines += [as_table(table), "", *_scores(run_dir), _USE.format(name=folder, question=_question(run_dir))]
     write_atomically(folder / "README.md", "\n".join(lines))
 
 
@@ -129,9 +120,8 @@ def _scores(run_dir: Path) -> list[str]:
         "",
         "Percent right (95 % interval); blind: the best answer from the question's text alone.",
         "",
-        "| questions | images | count | overall | blind |",
-        "| --- | --- | --- | --- | --- |",
     ]
+    table = [["questions", "images", "count", "overall", "blind"]]
     for file in files:
         found = _read(file)
         if "accuracy" not in found or "overall" not in found["accuracy"]:
@@ -139,8 +129,8 @@ def _scores(run_dir: Path) -> list[str]:
         score, blind = found["accuracy"]["overall"], found.get("blind_floor", {}).get("overall", {})
         interval = f"{score['percent']:.1f} ({score['low']:.1f}-{score['high']:.1f})"
         floor = f"{blind['percent']:.1f}" if blind else ""
-        lines.append(f"| {found['split']} | {found['images']} | {found['count']} | {interval} | {floor} |")
-    return [*lines, ""]
+        table.append([found["split"], found["images"], found["count"], interval, floor])
+    return [*lines, as_table(table), ""]
 
 
 def _question(run_dir: Path) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import write_atomically
-from common.markdown import plain
+from common.markdown import as_table, plain
 from data_prep.store.errors import DataError
 from data_prep.store.manifest import read_manifest
 from train.measure import card, plots
@@ -119,15 +119,15 @@ def _accuracy_table(
     columns = [name for name in ("merged", "shuffled", "none", "blind", "words") if name in conditions]
     head = ["kind", "questions", "right image", *(_NAMES[name] for name in columns)]
     head += ["rarer answers", "follows the image", "reading"]
-    lines = [_row(*head), "|" + " --- |" * len(head)]
+    table: list[list[object]] = [[*head]]
     for kind, right in real.items():
         cells = [_percent(conditions[name].get(kind), name not in ("blind", "words")) for name in columns]
         controls = {_NAMES[name]: conditions[name].get(kind) for name in columns if name != "merged"}
         said = reading(right, controls)
         follows = f"{pairs[kind]:.1f}" if kind in pairs else ""
         unusual = f"{_percent(rarer[kind], False)} of {rarer[kind].count}" if kind in rarer else ""
-        lines.append(_row(plain(kind), right.count, _percent(right), *cells, unusual, follows, said))
-    return [*lines, ""]
+        table.append([plain(kind), right.count, _percent(right), *cells, unusual, follows, said])
+    return [as_table(table), ""]
 
 
 def _percent(value: Accuracy | None, interval: bool = True) -> str:
@@ -140,8 +140,9 @@ def _training(out: Path, runs: Sequence[Results], missing: list[str]) -> list[st
     """What was trained on what, and how it went."""
     columns = [_facts(run) for run in runs]
     names = list(dict.fromkeys(name for column in columns for name in column))
-    lines = ["## What was trained", "", _row("", *(plain(run.label) for run in runs)), "|" + " --- |" * (len(runs) + 1)]
-    lines += [_row(name, *(plain(column.get(name, "")) for column in columns)) for name in names]
+    table = [["", *(plain(run.label) for run in runs)]]
+    table += [[name, *(plain(column.get(name, "")) for column in columns)] for name in names]
+    lines = ["## What was trained", "", as_table(table)]
     seconds = sum(float(run.steps[-1]["seconds"]) for run in runs if run.steps)
     asked = sum(each.seconds for run in runs for each in run.evaluations)
     times = f"All steps of training took {_duration(seconds)}, all evaluations {_duration(asked)}"
@@ -232,10 +233,11 @@ def _neighbours(out: Path, runs: Sequence[Results], missing: list[str]) -> list[
     if not found:
         return []
     lines = ["## Images in weight space", ""]
-    lines += [_row("", "images", "effective rank", "energy that all share"), "|" + " --- |" * 4]
+    table: list[list[object]] = [["", "images", "effective rank", "energy that all share"]]
     for _, title, _, space in found:
-        lines.append(_row(plain(title), len(space.samples), f"{space.effective_rank:.1f}", f"{space.shared:.0%}"))
+        table.append([plain(title), len(space.samples), f"{space.effective_rank:.1f}", f"{space.shared:.0%}"])
     lines += [
+        as_table(table),
         "",
         "Effective rank: in how many directions the weights of these images differ, at most one less than images.",
     ]
@@ -307,12 +309,12 @@ def _mistakes(predictions: list[dict[str, Any]]) -> list[str]:
     example = {(p["question"], p["answer"], p["prediction"]): p["sample"] for p in reversed(predictions)}
     worst = sorted(wrong.items(), key=lambda item: (-item[1], -item[1] / asked[item[0][:2]], item[0]))
     lines = [f"The worst mistakes, of {sum(wrong.values()):,} in {len(predictions):,} answers:", ""]
-    lines += [_row("question", "right answer", "answered", "times", "an example"), "|" + " --- |" * 5]
+    table = [["question", "right answer", "answered", "times", "an example"]]
     for key, times in worst[:_MOST_MISTAKES]:
         question, answer, said = key
         of = f"{times} of {asked[question, answer]}"
-        lines.append(_row(plain(question), plain(answer), plain(said) or "(nothing)", of, plain(example[key])))
-    return [*lines, ""]
+        table.append([plain(question), plain(answer), plain(said) or "(nothing)", of, plain(example[key])])
+    return [*lines, as_table(table), ""]
 
 
 def _tiles(run: Results, group: dict[str, Evaluation]) -> list[tuple[str, list[tuple[bytes | None, str, str, str]]]]:
@@ -385,7 +387,3 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, hours = seconds / 60, seconds / 3600
     return f"{minutes:.1f} min" if minutes < 120 else f"{hours:.1f} h"
-
-
-def _row(*cells: object) -> str:
-    return "| " + " | ".join(map(str, cells)) + " |"

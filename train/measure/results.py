@@ -140,6 +140,11 @@ class Results:
         values = self.series(key)[1]
         return values[-1] if values else None
 
+    def score(self, split: str) -> Accuracy | None:
+        """Of all kinds together with the right images: of several evaluations of a split, that of most questions."""
+        found = [e for e in self.evaluations if (e.split, e.images, e.merged) == (split, "real", False)]
+        return max(found, key=lambda e: e.count).accuracy["overall"] if found else None
+
     def deltas(self) -> tuple[int, dict[str, dict[int, float]]] | None:
         """Step, and |dW| / |W| by type and layer, of the last record that has them."""
         prefix = "delta_ratio/"

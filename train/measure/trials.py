@@ -6,12 +6,12 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from common.files import read_json, read_records, write_atomically
+from common.files import read_records, write_atomically
 from model.config import parse_types
 from train import config as configuration
 from train.config import RunConfig
-from train.measure.results import run_identity, stage_figures
-from train.measure.tracking import read_metrics
+from train.measure import results
+from train.measure.results import stage_figures
 from train.process.run_files import RunDir
 
 
@@ -64,21 +64,21 @@ class Trial:
         return json.dumps({name: value for name, value in asdict(self).items() if name not in measured})
 
 
-def of_run(run: Path, config: RunConfig, split: str) -> Trial:
+def of_run(run: Path, split: str) -> Trial:
     """What stage 2 in `run`, and the stage 1 that it started from, have left.
 
     Raises:
         ConfigError, DamagedFile: one of their files is damaged.
     """
+    found = results.load([run])[0]
+    config = found.config
     stages = [(run, config)]
     if config.init_from and RunDir(before := Path(config.init_from)).done.exists():
         stages.insert(0, (before, configuration.read(RunDir(before).config)))
     trained = [_training(path, stage) for path, stage in stages]
-    scored = RunDir(run).evaluation / f"{split}-real.json"
-    score = read_json(scored, "evaluate the run again")["accuracy"]["overall"] if scored.is_file() else {}
+    score = found.score(split)
     generator = config.generator if config.connector.name == "vlora" else None
-    identity = run_identity(run)
-    losses = [record["val_loss"] for record in read_metrics(run) if "val_loss" in record]
+    record = found.record
     return Trial(
         connector=config.connector.name,
         seed=config.seed,
@@ -92,13 +92,13 @@ def of_run(run: Path, config: RunConfig, split: str) -> Trial:
         questions=config.data.dialogues_per_sample,
         rates=[_rates(stage) for _, stage in stages],
         seconds=round(sum(seconds for _, seconds in trained), 1),
-        val_loss=losses[-1] if losses else None,
-        percent=score.get("percent"),
-        low=score.get("low"),
-        high=score.get("high"),
-        count=score.get("count", 0),
-        machine=str(read_json(RunDir(run).facts, "start the run again, which writes it anew").get("machine", "")),
-        commit=(identity["git_commit"] or "")[:7] + ("+" if identity["git_dirty"] else ""),
+        val_loss=found.last("val_loss"),
+        percent=score.percent if score else None,
+        low=score.low if score else None,
+        high=score.high if score else None,
+        count=score.count if score else 0,
+        machine=str(found.facts.get("machine", "")),
+        commit=(record.get("git_commit") or "")[:7] + ("+" if record.get("git_dirty") else ""),
     )
 
 
