@@ -61,6 +61,22 @@ def test_both_stages_of_a_sweep_run_here_by_one_command_and_again_only_what_is_m
     assert wrong.returncode == 2 and "follows a pretraining, but this sweep has stage=finetune" in wrong.stderr
 
 
+def test_a_wrong_point_ends_the_sweep_before_the_first_one_begins(tmp_path):
+    """The last of three, too wide; the second of two, which does not divide among the ranks."""
+    home = world.make(tmp_path / "world")
+    ours = [o for o in world.overrides(home, tmp_path) if not o.startswith("run_dir")]
+    command = ["-m", *ours, "launch.workers=1", "stage.steps=2", "hydra.launcher.finetune=true"]
+    for swept, said in (
+        ("generator.rank=2,4,64", "generator.rank=64 is above the width of"),
+        ("data.batch_size=8,7", "data.batch_size=7"),
+    ):
+        folder = tmp_path / swept.partition("=")[0]
+        two = ["launch.workers=2"] if "batch" in swept else []
+        done = world.train([*command, *two, swept, f"hydra.sweep.dir={folder}"])
+        assert done.returncode == 2 and said in done.stderr, done.stderr
+        assert (folder / "0/config.yaml").exists() and not list(folder.rglob("metrics.jsonl"))
+
+
 def test_who_stops_a_point_stops_the_sweep_and_its_command_goes_on(tmp_path):
     home = world.make(tmp_path / "world")
     ours = [o for o in world.overrides(home, tmp_path) if not o.startswith("run_dir")]
@@ -73,7 +89,8 @@ def test_who_stops_a_point_stops_the_sweep_and_its_command_goes_on(tmp_path):
     (folder,) = (tmp_path / "sweeps").iterdir()
     assert process.returncode == 0, err
     assert f"the same command with hydra.sweep.dir={folder} goes on" in out
-    assert RunDir(folder / "0").stopped.exists() and not (folder / "1").exists() and not (folder / "finetune").exists()
+    others = (folder / "1", folder / "finetune/0", folder / "finetune/1")  # prepared, and not begun
+    assert RunDir(folder / "0").stopped.exists() and not any(RunDir(other).metrics.exists() for other in others)
 
     process = world.start([*command, f"hydra.sweep.dir={folder}"])
     second = folder / "finetune"
@@ -82,7 +99,7 @@ def test_who_stops_a_point_stops_the_sweep_and_its_command_goes_on(tmp_path):
     os.kill(process.pid, signal.SIGINT)
     out, err = process.wait(300)
     assert process.returncode == 0 and "the same command goes on" in out, err
-    assert RunDir(second / "0").stopped.exists() and not (second / "1").exists()
+    assert RunDir(second / "0").stopped.exists() and not RunDir(second / "1").metrics.exists()
     done = world.train([*command, f"hydra.sweep.dir={folder}"])
     assert done.returncode == 0, done.stderr
     assert all(RunDir(second / name).done.exists() for name in "01")

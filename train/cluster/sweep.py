@@ -64,7 +64,8 @@ def enter(composed: DictConfig) -> DictConfig:
         OmegaConf.update(composed, "tracking.name", f"{group}/{hydra.job.num} {' '.join(values)}".strip()[:128])
     lines = read_text(folder / MANIFEST, "remove it") if (folder / MANIFEST).exists() else ""
     point = json.dumps({"index": hydra.job.num, "overrides": overrides})
-    write_atomically(folder / MANIFEST, f"{lines}{point}\n")
+    if point not in lines.splitlines():  # or it was prepared, or begun, before
+        write_atomically(folder / MANIFEST, f"{lines}{point}\n")
     return composed
 
 
@@ -144,9 +145,17 @@ class _Launcher(BasicLauncher):
             _ = result.return_value  # raises the error of a point that failed
         return results
 
+    def _prepare(
+        self, job_overrides: Sequence[Sequence[str]], first: int, shape: Sequence[str] = ()
+    ) -> Sequence[JobReturn]:
+        """Compose and check every point, and make its run directory; with further overrides."""
+        return self._run([[*point, "launch.mode=none", *shape] for point in job_overrides], first)
+
 
 class LocalLauncher(_Launcher):
     """Hydra's own launcher, which runs one point after another; then stage 2 of each, where that is asked for.
+
+    All of them are composed and checked, and get their run directories, before the first begins.
 
     Args:
         keys: Those of `LocalLauncherConfig`.
@@ -161,10 +170,12 @@ class LocalLauncher(_Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Called by Hydra with the overrides of each point."""
         _, folder = self._begin()
-        results = self._run(job_overrides, initial_job_idx)
-        if not self.keys.finetune:
-            return results
-        return self._run(second_stage(job_overrides, initial_job_idx, folder), initial_job_idx)
+        stages = [job_overrides]
+        if self.keys.finetune:
+            stages.append(second_stage(job_overrides, initial_job_idx, folder))
+        for points_ in stages:
+            self._prepare(points_, initial_job_idx)
+        return [self._run(points_, initial_job_idx) for points_ in stages][-1]
 
 
 def require_pretraining(config: DictConfig) -> None:
@@ -253,13 +264,14 @@ class SlurmLauncher(_Launcher):
         """Called by Hydra with the overrides of each point."""
         config, folder = self._begin()
         stage = str(config.stage.name)
-        results = self._prepare(job_overrides, initial_job_idx)
+        shape = [f"launch.workers={self.keys.nodes * self.keys.tasks_per_node}"]
+        results = self._prepare(job_overrides, initial_job_idx, shape)
         last = initial_job_idx + len(job_overrides) - 1
         array = f"{initial_job_idx}-{last}"
         sweeps = {"train": (stage, folder)}
         if self.keys.finetune:
             sweeps["finetune"] = ("finetune", folder / "finetune")
-            self._prepare(second_stage(job_overrides, initial_job_idx, folder), initial_job_idx)
+            self._prepare(second_stage(job_overrides, initial_job_idx, folder), initial_job_idx, shape)
         commands: dict[str, list[str]] = {}
         for name, (stage, points_of) in sweeps.items():
             commands[name] = self._command(f"{stage}.sbatch", points_of, array, list(commands), self.keys.sbatch)
@@ -284,11 +296,6 @@ class SlurmLauncher(_Launcher):
             f"table and plots at any time: python -m train.sweep_report {points_of}"
         )
         return results
-
-    def _prepare(self, job_overrides: Sequence[Sequence[str]], first: int) -> Sequence[JobReturn]:
-        """Compose and check every point, and make its run directory."""
-        prepare_only = ["launch.mode=none", f"launch.workers={self.keys.nodes * self.keys.tasks_per_node}"]
-        return self._run([[*o, *prepare_only] for o in job_overrides], first)
 
     def _command(
         self, script: str, folder: Path, array: str, before: list[str], options: dict[str, Any] | None
