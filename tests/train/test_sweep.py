@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+from common.files import DamagedFile
 from tests.train import world
 from train import config as configuration
 from train.cluster import sweep
@@ -103,6 +104,15 @@ def test_who_stops_a_point_stops_the_sweep_and_its_command_goes_on(tmp_path):
     done = world.train([*command, f"hydra.sweep.dir={folder}"])
     assert done.returncode == 0, done.stderr
     assert all(RunDir(second / name).done.exists() for name in "01")
+
+
+@pytest.mark.parametrize(
+    "line", ["x", "3", '{"index": 1}', '{"index": "one", "overrides": []}', '{"index": 1, "overrides": 2}']
+)
+def test_a_damaged_manifest_is_named(tmp_path, line):
+    (tmp_path / sweep.MANIFEST).write_text(f'{{"index": 0, "overrides": ["seed=1"]}}\n{line}\n')
+    with pytest.raises(DamagedFile, match=f"{sweep.MANIFEST}.*restore it, or submit the sweep again"):
+        sweep.points(tmp_path)
 
 
 @pytest.mark.parametrize(

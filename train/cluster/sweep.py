@@ -33,7 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from common import settings
 from common.errors import ConfigError, UserError
-from common.files import DamagedFile, read_text, write_atomically, write_json
+from common.files import DamagedFile, read_records, read_text, write_atomically, write_json
 from common.settings import setting
 from train.cluster import slurm
 
@@ -93,18 +93,18 @@ def points(folder: Path) -> dict[int, list[str]]:
 
     Raises:
         UserError: not a sweep's folder.
+        DamagedFile: a line of its manifest is no point.
     """
     file = folder / MANIFEST
     if not file.exists():
         raise UserError(f"{folder} is not the folder of a sweep (no {MANIFEST})")
     remedy = "restore it, or submit the sweep again: finished points are kept"
     found = {}
-    for number, line in enumerate(read_text(file, remedy).splitlines(), 1):
+    for record in read_records(file, ("index", "overrides"), remedy):
         try:
-            record = json.loads(line)
             found[int(record["index"])] = [str(o) for o in record["overrides"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DamagedFile(f"{file}, line {number}, is no point of a sweep; {remedy}") from error
+        except (ValueError, TypeError) as error:
+            raise DamagedFile(f"{file} has a line that is no point of a sweep ({error}); {remedy}") from error
     return dict(sorted(found.items()))
 
 
