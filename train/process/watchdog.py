@@ -74,7 +74,8 @@ class Watchdog:
             # In C, so that a rank whose threads all hang answers too.
             faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
             self._say()
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
             _active = self
         return self
 
@@ -83,6 +84,7 @@ class Watchdog:
         _active = None
         self._done.set()
         if self.seconds is not None:
+            self._thread.join(5.0)  # or it would write its record again; not for ever: the disk may be what hangs
             faulthandler.unregister(signal.SIGUSR2)
             self._stacks.close()
             with suppress(ValueError, OSError):

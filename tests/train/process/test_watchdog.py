@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -43,6 +44,16 @@ def test_a_run_that_moves_leaves_nothing_behind(tmp_path):
             time.sleep(0.1)
         assert dog.count == 10
         assert json.loads((tmp_path / "hang" / "rank-0.json").read_text())["pid"] == os.getpid()
+    assert not (tmp_path / "hang").exists()
+
+
+def test_a_record_that_is_being_written_at_the_end_goes_too(tmp_path, monkeypatch):
+    dog, writing = Watchdog(tmp_path, 0, 0.5), threading.Event()
+    say = dog._say
+    with dog:
+        monkeypatch.setattr(dog, "_say", lambda: (writing.set(), time.sleep(0.3), say()))
+        assert writing.wait(60)
+    time.sleep(0.5)
     assert not (tmp_path / "hang").exists()
 
 
