@@ -48,10 +48,17 @@ def test_a_run_that_moves_leaves_nothing_behind(tmp_path):
 
 
 def test_a_record_that_is_being_written_at_the_end_goes_too(tmp_path, monkeypatch):
-    dog, writing = Watchdog(tmp_path, 0, 0.5), threading.Event()
-    say = dog._say
-    with dog:
-        monkeypatch.setattr(dog, "_say", lambda: (writing.set(), time.sleep(0.3), say()))
+    writing = threading.Event()
+
+    def slowly(path, text):
+        part = path.with_suffix(".part")
+        part.write_text(text)
+        writing.set()
+        time.sleep(0.3)
+        part.rename(path)
+
+    with Watchdog(tmp_path, 0, 0.5):
+        monkeypatch.setattr("train.process.watchdog.write_atomically", slowly)
         assert writing.wait(60)
     time.sleep(0.5)
     assert not (tmp_path / "hang").exists()
