@@ -104,7 +104,7 @@ def points(folder: Path) -> dict[int, list[str]]:
         try:
             found[int(record["index"])] = [str(o) for o in record["overrides"]]
         except (ValueError, TypeError) as error:
-            raise DamagedFile(f"{file} has a line that is no point of a sweep ({error}); {remedy}") from error
+            raise DamagedFile(f"{file}: {json.dumps(record)} is no point of a sweep; {remedy}") from error
     return dict(sorted(found.items()))
 
 

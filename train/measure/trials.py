@@ -11,7 +11,6 @@ from model.config import parse_types
 from train import config as configuration
 from train.config import RunConfig
 from train.measure import results
-from train.measure.results import stage_figures
 from train.process.run_files import RunDir
 
 
@@ -104,7 +103,7 @@ def of_run(run: Path, split: str) -> Trial:
 
 def _training(run: Path, config: RunConfig) -> tuple[int, float]:
     """Images of a stage, and the seconds of its steps from their median speed: a pause does not count."""
-    figures = stage_figures(run)
+    figures = results.stage_figures(run)
     samples = figures["steps"] * config.data.batch_size
     return samples, samples / figures["samples_per_s"]
 
