@@ -9,6 +9,7 @@ perceptual weights follow through `Rows.packed`.
 from __future__ import annotations
 
 import ast
+import bisect
 import functools
 import inspect
 import textwrap
@@ -57,8 +58,12 @@ class Packing:
             mask: [R, L] on the host, not 0 where a token is; padding may stand anywhere.
             tokens: A packed row holds at most so many tokens, more only where one text row has more. Bounds the
                 square of attention by mask. None: everything in one row.
+
+        Of all layouts with the fewest rows it takes one whose longest row is shortest, which fills least.
         """
         kept = [torch.nonzero(row).flatten() for row in mask]
+        if tokens is not None:
+            tokens = _even([len(positions) for positions in kept], tokens)
         packed: list[list[int]] = [[]]
         used = 0
         for number, positions in enumerate(kept):
@@ -112,6 +117,21 @@ class Packing:
     def pack(self, x: Tensor) -> Tensor:
         """[R, L, ...] -> [P, T, ...]."""
         return x.flatten(0, 1)[self.source]
+
+
+def _even(lengths: Sequence[int], most: int) -> int:
+    """The smallest bound under which as few rows are enough as under `most`."""
+
+    def rows(bound: int) -> int:
+        count, used = 1, 0
+        for length in lengths:
+            if used and used + length > bound:
+                count, used = count + 1, 0
+            used += length
+        return count
+
+    fewest = rows(most)
+    return bisect.bisect_left(range(most), True, key=lambda bound: rows(bound) <= fewest)
 
 
 def check_packing(llm: PreTrainedModel) -> None:

@@ -1,5 +1,8 @@
 """Packed rows against padded ones: same numbers, no leaks."""
 
+import itertools
+from random import Random
+
 import pytest
 import torch
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
@@ -152,3 +155,25 @@ def test_layout():
     assert short.row == (0, -1, 1, -1, 2, 4, -1)
     assert Packing.of(torch.zeros(2, 3), 4).source.shape == (1, 1)  # a rank whose dialogues were all dropped
     assert Packing.of(mask, None).source.shape == (1, 8)
+
+
+def test_rows_are_as_few_as_the_bound_allows_and_as_even_as_their_order_allows():
+    def layout(lengths, bound):
+        mask = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+        for row, length in zip(mask, lengths, strict=True):
+            row[:length] = 1
+        return Packing.of(mask, bound).source.shape
+
+    def shortest(lengths, rows):
+        """The longest of so many rows, over all ways to cut."""
+        cuts = itertools.combinations(range(1, len(lengths)), rows - 1)
+        ends = ([0, *cut, len(lengths)] for cut in cuts)
+        return min(max(sum(lengths[a:b]) for a, b in itertools.pairwise(end)) for end in ends)
+
+    random = Random(0)
+    for _ in range(50):
+        lengths = [random.randint(1, 12) for _ in range(random.randint(1, 9))]
+        for bound in (1, 12, 20, 200):
+            rows, width = layout(lengths, bound)
+            assert width == shortest(lengths, rows) and (width <= bound or width == max(lengths))
+            assert rows == 1 or shortest(lengths, rows - 1) > bound  # one row less would be too long
