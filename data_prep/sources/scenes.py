@@ -102,7 +102,7 @@ class Scenes:
         cutouts, licences = _cutouts(self.path)
         settings = {name: value for name, value in vars(self).items() if name != "path"}
         listed = hashlib.sha256(repr(cutouts).encode()).hexdigest()
-        return {"source": "scenes", "reader": 3, "cutouts": listed, "licences": licences, **settings}
+        return {"source": "scenes", "reader": 4, "cutouts": listed, "licences": licences, **settings}
 
     def plan(self) -> dict[str, list[list[int]]]:
         """Units `[first, end]`."""
@@ -165,7 +165,7 @@ class Scenes:
             return self._moved(number, objects)
         name = f"scenes/{split}/{number}"
         if split.startswith("caption_"):
-            scene = compose(random, objects, random.choice((1, 1, 2)))
+            scene = compose(random, objects, random.randint(1, 2))
             return Sample(name, [self._draw(scene, random)], [_caption(random, scene)], "scenes")
         scene = compose(random, objects, random.randint(1, self.objects))
         dialogues: list[Dialogue] = []
@@ -269,10 +269,15 @@ def _a(name: str) -> str:
 
 
 def _caption(random: Random, scene: list[Placed]) -> Dialogue:
-    """A sentence whose beginning is the user's, so that a frozen language model expects what the picture supplies."""
-    names = [_a(each.what.name) + (f" on {each.color}" if each.color else "") for each in scene]
+    """A sentence whose beginning is the user's, so that a frozen language model expects what the picture supplies.
+
+    Objects come as one reads, from the top left to the bottom right: every word follows from the picture.
+    """
+    ordered = sorted(scene, key=lambda each: (each.y > 0.5, each.x))
+    objects = [_a(each.what.name) + (f" on {each.color}" if each.color else "") for each in ordered]
+    placed = [f"{what} at the {_place(each)}" for what, each in zip(objects, ordered, strict=True)]
     opening = random.choice(("The picture shows", "In the picture there is"))
-    return exchange(opening, " and ".join(names) + ".")
+    return exchange(opening, " and ".join(placed) + ".")
 
 
 Asked = tuple[str, str] | None

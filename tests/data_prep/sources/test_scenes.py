@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections import Counter, defaultdict
 from random import Random
 
@@ -97,6 +98,25 @@ def test_pictures_are_as_the_questions_say(made):
                 columns = slice(0, 24) if "left" in talk[0]["content"] else slice(24, 48)
                 near = np.abs(image[rows, columns] - COLORS[talk[1]["content"]]).max(-1) < 6
                 assert near.sum() > 20
+                checked += 1
+    assert checked > 40
+
+
+def test_captions_say_what_stands_where(made):
+    """In reading order, with the colour that the disc has there."""
+    order, checked = ["top left", "top right", "bottom left", "bottom right"], 0
+    for sample in Split(made[0] / "caption_train"):
+        ((opening, said),) = [[turn["content"] for turn in talk] for talk in sample.conversations]
+        assert opening in ("The picture shows", "In the picture there is")
+        image = np.asarray(Image.open(io.BytesIO(sample.images[0])).convert("RGB")).astype(int)
+        found = re.findall(r"(?:an?) (\w+)(?: on (\w+))? at the (\w+ \w+)", said)
+        places = [order.index(place) for _, _, place in found]
+        assert found and places == sorted(set(places)) and said.count(" and ") == len(found) - 1
+        for _, color, place in found:
+            if color:
+                rows = slice(0, 24) if "top" in place else slice(24, 48)
+                columns = slice(0, 24) if "left" in place else slice(24, 48)
+                assert (np.abs(image[rows, columns] - COLORS[color]).max(-1) < 6).sum() > 20
                 checked += 1
     assert checked > 40
 
