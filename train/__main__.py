@@ -13,6 +13,7 @@ import os
 import sys
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -75,8 +76,13 @@ def plan_memory(config: configuration.RunConfig, workers: int) -> str:
 @hydra.main(version_base="1.3", config_path=str(presets.CONF), config_name="config")
 def _main(composed: DictConfig) -> None:
     # Reported here: Hydra would add lines of its own to an exception. A sweep goes on only if this returns.
-    if code := report_errors(lambda: run(sweep.enter(composed))):
+    if code := report_errors(lambda: _enter(composed)):
         sys.exit(code)
+
+
+def _enter(composed: DictConfig) -> int:
+    configuration.check_words(composed, HydraConfig.get().overrides.task)
+    return run(sweep.enter(composed))
 
 
 def run(composed: DictConfig) -> int:

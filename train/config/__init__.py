@@ -4,7 +4,7 @@ from common.errors import ConfigError
 from common.options import parse_options
 from model.config import MovedTo
 from train.config.check import accumulation, validate
-from train.config.compose import compose_overrides, explain, load, read, resolve, save, schema_keys
+from train.config.compose import check_words, compose_overrides, explain, load, read, resolve, save, schema_keys
 from train.config.models import located, missing_models
 from train.config.schema import (
     DTYPES,
@@ -31,6 +31,7 @@ __all__ = [
     "TrackingConfig",
     "TrainedParts",
     "accumulation",
+    "check_words",
     "compose_overrides",
     "explain",
     "load",

@@ -5,6 +5,7 @@ Workers read the resolved file and know no Hydra.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,6 +42,25 @@ def resolve(composed: DictConfig | ListConfig) -> RunConfig:
     config.data.use_named(config.stage.name)
     validate(config)
     return config
+
+
+def check_words(composed: DictConfig, words: Sequence[str]) -> None:
+    """Check that nothing given on the command line would be replaced in silence.
+
+    Args:
+        composed: What Hydra made of the words.
+        words: Overrides, `key=value`.
+
+    Raises:
+        ConfigError: a split is given beside `data.name`, which decides all of them.
+    """
+    name = OmegaConf.select(composed, "data.name")
+    splits = [word.partition("=")[0].lstrip("+") for word in words]
+    if name and (given := [key for key in splits if key in ("data.train", "data.val", "data.test")]):
+        raise ConfigError(
+            f"{given[0]} is given, and data.name={name}, which decides train, val and test; "
+            "give data.name=null with the splits, or data.name alone"
+        )
 
 
 def explain(error: Exception) -> ConfigError:
@@ -121,10 +141,12 @@ def compose_overrides(overrides: list[str]) -> DictConfig:
     """What `python -m train OVERRIDES` would compose, not yet checked (`resolve` does): for commands of another kind.
 
     Raises:
-        ConfigError: an unknown key or choice.
+        ConfigError: an unknown key or choice, or a word that another would replace.
     """
     try:
         with initialize_config_dir(str(presets.CONF), version_base="1.3"):
-            return compose("config", options.as_typed(overrides, RunConfig))
+            composed = compose("config", options.as_typed(overrides, RunConfig))
     except (HydraException, OmegaConfBaseException) as error:
         raise explain(error) from error
+    check_words(composed, overrides)
+    return composed

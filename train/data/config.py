@@ -32,7 +32,8 @@ class DataConfig:
 
     Attributes:
         root: Folder of prepared data.
-        name: A prepared data set, whose splits take the place of `train`, `val` and `test` (`use_named`); null: these.
+        name: A prepared data set, whose splits take the place of a recipe's `train`, `val` and `test` (`use_named`);
+            null: these. On the command line it is one or the other.
         train: Sources of the training mixture.
         val, test: Folders of the splits to evaluate on, below `root` unless absolute.
         expected_length: Tokens of the longest row, to plan memory with (`check=true`) where data or tokenizer are not
