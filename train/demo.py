@@ -42,13 +42,17 @@ class Subject:
         title: Of its report.
         prepare: Commands that make its data, by name.
         recipe: Folder of `conf/recipe` with its steps and rates; None: the LLM's own.
+        overrides: Further ones of both stages, which no recipe can hold.
         splits: Where it is tested; the first counts.
+        questions: In each of them, unless `--questions` says how many.
     """
 
     title: str
     prepare: dict[str, tuple[str, ...]]
     recipe: str | None = None
+    overrides: tuple[str, ...] = ()
     splits: tuple[str, ...] = ("test",)
+    questions: int = 2000
 
 
 SUBJECTS = {
@@ -60,10 +64,14 @@ SUBJECTS = {
             "data": (
                 *("data_prep", "source=scenes", "name=scenes", "workers=2"),
                 *("source.style=google", "source.test_style=twitter"),
+                # Few things, each often: what counts is how often a name is seen.
+                *("source.names=6", "source.objects=2", "source.questions=8", "source.samples=2000"),
             ),
         },
         "scenes",
+        ("vision.image_size=112",),  # at 56 an object has one or two patches
         ("test", "scenes/test_objects", "scenes/test_style", "scenes/test_moved"),
+        600,
     ),
 }
 
@@ -171,7 +179,7 @@ def main() -> int:
     parser.add_argument("--data", default="easy_vqa", choices=list(SUBJECTS), help="what it learns to see")
     parser.add_argument("--connectors", nargs="+", default=["vlora"], choices=list(CONNECTORS))
     parser.add_argument("--llm", default="smollm2_135m", choices=["smollm2_135m", "tiny"])
-    parser.add_argument("--questions", type=whole(0), default=2000, help="per split, a fixed random subset; 0: all")
+    parser.add_argument("--questions", type=whole(0), help="per split, a fixed random subset; 0: all")
     parser.add_argument("overrides", nargs="*", help="further overrides for both stages, key=value")
     arguments = parser.parse_args()
     configuration.compose_overrides(arguments.overrides)  # a wrong word, before any work
@@ -225,10 +233,11 @@ def _product_seconds(dtype: torch.dtype, tokens: int = 1024, width: int = 576, i
 
 def _connector(connector: str, arguments: argparse.Namespace, steps: Steps, out: Path) -> dict[str, Any]:
     """Both stages and the evaluations of one connector."""
-    common = [f"connector={connector}", f"llm={arguments.llm}"]
+    subject = SUBJECTS[arguments.data]
+    asked = subject.questions if arguments.questions is None else arguments.questions
+    common = [f"connector={connector}", f"llm={arguments.llm}", *subject.overrides]
     if arguments.llm != "tiny":  # too small to gain from it
         common.append(f"engine.precision={precision(out)}")
-    subject = SUBJECTS[arguments.data]
     runs = {stage: out / connector / stage for stage in ("pretrain", "finetune")}
     for stage, run in runs.items():
         init = [] if stage == "pretrain" else [f"init_from={runs['pretrain']}"]
@@ -242,7 +251,7 @@ def _connector(connector: str, arguments: argparse.Namespace, steps: Steps, out:
     evaluation: dict[str, dict[str, Any]] = {split: {} for split in subject.splits}
     for split in subject.splits:
         # Half as many questions tell whether the control falls to the floor.
-        for images, questions in (("real", arguments.questions), ("shuffled", arguments.questions // 2)):
+        for images, questions in (("real", asked), ("shuffled", asked // 2)):
             limit = [f"max_samples={questions}"] if questions else []
             where = "" if split == subject.splits[0] else f" on {split}"
             name = f"evaluate {connector}{where}" + ("" if images == "real" else ", wrong image")
