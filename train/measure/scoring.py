@@ -71,11 +71,14 @@ class Accuracy:
 
 
 def wilson(right: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson score interval of a proportion (Wilson 1927); stays within 0 and 1 where the normal one does not."""
+    """Wilson score interval of a proportion (Wilson 1927); stays within 0 and 1 where the normal one does not.
+
+    It begins at exactly 0 where none is right and ends at exactly 1 where all are, whatever rounding says.
+    """
     share, zz = right / count, z * z
     centre = (share + zz / (2 * count)) / (1 + zz / count)
     half = z / (1 + zz / count) * math.sqrt(share * (1 - share) / count + zz / (4 * count * count))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return centre - half if right > 0 else 0.0, centre + half if right < count else 1.0
 
 
 def normalise(answer: str) -> str:
