@@ -22,7 +22,7 @@ def test_wilson_against_published_values():
     assert wilson(29, 29) == pytest.approx((0.8830, 1.0), abs=5e-5)
     for count in range(1, 400):  # none right is not above nothing: exactly, whatever rounding says
         assert wilson(0, count)[0] == 0.0 and wilson(count, count)[1] == 1.0
-        assert 0.0 < wilson(1, count + 1)[0] and wilson(count, count + 1)[1] < 1.0
+        assert wilson(1, count + 1)[0] > 0.0 and wilson(count, count + 1)[1] < 1.0
 
 
 def test_accuracy_is_counted_per_kind():
