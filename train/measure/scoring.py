@@ -78,7 +78,7 @@ def wilson(right: float, count: int, z: float = 1.959964) -> tuple[float, float]
     share, zz = right / count, z * z
     centre = (share + zz / (2 * count)) / (1 + zz / count)
     half = z / (1 + zz / count) * math.sqrt(share * (1 - share) / count + zz / (4 * count * count))
-    return centre - half if right > 0 else 0.0, centre + half if right < count else 1.0
+    return max(0.0, centre - half) if right > 0 else 0.0, min(1.0, centre + half) if right < count else 1.0
 
 
 def normalise(answer: str) -> str:
