@@ -274,10 +274,13 @@ def _caption(random: Random, scene: list[Placed]) -> Dialogue:
     Objects come as one reads, from the top left to the bottom right: every word follows from the picture.
     """
     ordered = sorted(scene, key=lambda each: (each.y > 0.5, each.x))
-    objects = [_a(each.what.name) + (f" on {each.color}" if each.color else "") for each in ordered]
-    placed = [f"{what} at the {_place(each)}" for what, each in zip(objects, ordered, strict=True)]
     opening = random.choice(("The picture shows", "In the picture there is"))
-    return exchange(opening, " and ".join(placed) + ".")
+    return exchange(opening, " and ".join(_described(each) for each in ordered) + ".")
+
+
+def _described(each: Placed) -> str:
+    disc = f" on {each.color}" if each.color else ""
+    return f"{_a(each.what.name)}{disc} at the {_place(each)}"
 
 
 Asked = tuple[str, str] | None

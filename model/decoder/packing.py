@@ -62,17 +62,8 @@ class Packing:
         Of all layouts with the fewest rows it takes one whose longest row is shortest, which fills least.
         """
         kept = [torch.nonzero(row).flatten() for row in mask]
-        if tokens is not None:
-            tokens = _even([len(positions) for positions in kept], tokens)
-        packed: list[list[int]] = [[]]
-        used = 0
-        for number, positions in enumerate(kept):
-            if tokens is not None and packed[-1] and used + len(positions) > tokens:
-                packed.append([])
-                used = 0
-            if len(positions):
-                packed[-1].append(number)
-                used += len(positions)
+        lengths = [len(positions) for positions in kept]
+        packed = _filled(lengths, None if tokens is None else _even(lengths, tokens))
         width = max(1, *(sum(len(kept[number]) for number in rows) for rows in packed))
         source = torch.zeros(len(packed), width, dtype=torch.int64)
         position_ids = torch.zeros(len(packed), width, dtype=torch.int64)
@@ -119,19 +110,24 @@ class Packing:
         return x.flatten(0, 1)[self.source]
 
 
+def _filled(lengths: Sequence[int], bound: int | None) -> list[list[int]]:
+    """Numbers of the texts in each row, one row after another filled up to `bound`; empty texts stand in none."""
+    rows: list[list[int]] = [[]]
+    used = 0
+    for number, length in enumerate(lengths):
+        if bound is not None and rows[-1] and used + length > bound:
+            rows.append([])
+            used = 0
+        if length:
+            rows[-1].append(number)
+            used += length
+    return rows
+
+
 def _even(lengths: Sequence[int], most: int) -> int:
     """The smallest bound under which as few rows are enough as under `most`."""
-
-    def rows(bound: int) -> int:
-        count, used = 1, 0
-        for length in lengths:
-            if used and used + length > bound:
-                count, used = count + 1, 0
-            used += length
-        return count
-
-    fewest = rows(most)
-    return bisect.bisect_left(range(most), True, key=lambda bound: rows(bound) <= fewest)
+    fewest = len(_filled(lengths, most))
+    return bisect.bisect_left(range(most), True, key=lambda bound: len(_filled(lengths, bound)) <= fewest)
 
 
 def check_packing(llm: PreTrainedModel) -> None:

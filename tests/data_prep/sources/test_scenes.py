@@ -86,18 +86,22 @@ def test_a_reader_of_the_text_alone_is_at_chance(cutouts):
         assert count > 400 and abs(right / count - chance) < 0.04, (kind, right / count)
 
 
+def pixels(sample, text, color):
+    """How many pixels of the quarter that a text names have nearly this colour."""
+    image = np.asarray(Image.open(io.BytesIO(sample.images[0])).convert("RGB")).astype(int)
+    rows = slice(0, 24) if "top" in text else slice(24, 48)
+    columns = slice(0, 24) if "left" in text else slice(24, 48)
+    return (np.abs(image[rows, columns] - COLORS[color]).max(-1) < 6).sum()
+
+
 def test_pictures_are_as_the_questions_say(made):
     """The colour of a disc at a place is the colour that most of its rim has."""
     out, _ = made
     checked = 0
     for sample in Split(out / "train"):
-        image = np.asarray(Image.open(io.BytesIO(sample.images[0])).convert("RGB")).astype(int)
         for talk, reference in zip(sample.conversations, sample.references, strict=True):
             if reference["kind"] == "attribute at a place":
-                rows = slice(0, 24) if "top" in talk[0]["content"] else slice(24, 48)
-                columns = slice(0, 24) if "left" in talk[0]["content"] else slice(24, 48)
-                near = np.abs(image[rows, columns] - COLORS[talk[1]["content"]]).max(-1) < 6
-                assert near.sum() > 20
+                assert pixels(sample, talk[0]["content"], talk[1]["content"]) > 20
                 checked += 1
     assert checked > 40
 
@@ -108,15 +112,12 @@ def test_captions_say_what_stands_where(made):
     for sample in Split(made[0] / "caption_train"):
         ((opening, said),) = [[turn["content"] for turn in talk] for talk in sample.conversations]
         assert opening in ("The picture shows", "In the picture there is")
-        image = np.asarray(Image.open(io.BytesIO(sample.images[0])).convert("RGB")).astype(int)
         found = re.findall(r"(?:an?) (\w+)(?: on (\w+))? at the (\w+ \w+)", said)
         places = [order.index(place) for _, _, place in found]
         assert found and places == sorted(set(places)) and said.count(" and ") == len(found) - 1
         for _, color, place in found:
             if color:
-                rows = slice(0, 24) if "top" in place else slice(24, 48)
-                columns = slice(0, 24) if "left" in place else slice(24, 48)
-                assert (np.abs(image[rows, columns] - COLORS[color]).max(-1) < 6).sum() > 20
+                assert pixels(sample, place, color) > 20
                 checked += 1
     assert checked > 40
 
