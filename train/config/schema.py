@@ -217,6 +217,7 @@ class TrackingConfig:
         weights_every: Steps between records of |dW| / |W| per layer and type and of the image share of A.
         num_samples: Rows of the table of sample images, questions, answers and predictions (`evaluation.every`).
         min_image_share: Warn when the share of A's energy that varies with the image falls below it.
+        max_loss_rise: Warn when the mean loss of ten steps lies further above the lowest such mean; nats per target.
     """
 
     wandb: str = setting("offline", choices=WANDB)
@@ -228,6 +229,7 @@ class TrackingConfig:
     weights_every: int = setting(50, within=_COUNT)
     num_samples: int = setting(16, within="[1, 1000]")
     min_image_share: float = setting(0.01, within="[0, 1]")
+    max_loss_rise: float = setting(0.3, within="(0, 1000]")
 
     def check(self, prefix: str) -> None:
         """What wandb takes.

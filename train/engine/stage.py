@@ -38,6 +38,7 @@ from train.data import (
 )
 from train.data.unknown import unknown_targets
 from train.engine.checkpoint import Progress
+from train.engine.divergence import RisingLoss
 from train.engine.engine import Engine, deepspeed_config, freeze
 from train.engine.export import export, exported_part, load_connector
 from train.engine.finite import bad_weights
@@ -149,7 +150,7 @@ def _train(
     try:
         with progress_bar(stage) as bar:
             observers: list[Observer] = [] if tracker is None else [tracker.log]
-            observers += [bar]
+            observers += [bar, RisingLoss(config.tracking.max_loss_rise)]
             observers += [return_memory] if engine.device.type == "cpu" else []
             finished = Loop(stage, recorder, observers, validation).run()
         summary |= asdict(stage.progress)
