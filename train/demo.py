@@ -41,7 +41,7 @@ class Subject:
     Attributes:
         title: Of its report.
         prepare: Commands that make its data, by name.
-        recipe: Folder of `conf/recipe` with its steps and rates; None: the LLM's own.
+        recipe: Folder of `conf/recipe` with SmolLM2's steps and rates for it; None: the LLM's own, which are for it.
         overrides: Further ones of both stages, which no recipe can hold.
         splits: Where it is tested; the first counts.
         questions: In each of them, unless `--questions` says how many.
@@ -179,7 +179,10 @@ def main() -> int:
     parser.add_argument("--data", default="easy_vqa", choices=list(SUBJECTS), help="what it learns to see")
     parser.add_argument("--connectors", nargs="+", default=["vlora"], choices=list(CONNECTORS))
     parser.add_argument("--llm", default="smollm2_135m", choices=["smollm2_135m", "tiny"])
-    parser.add_argument("--questions", type=whole(0), help="per split, a fixed random subset; 0: all")
+    defaults = ", ".join(f"{subject.questions} of {name}" for name, subject in SUBJECTS.items())
+    parser.add_argument(
+        "--questions", type=whole(0), help=f"per split, a fixed random subset; 0: all; default: {defaults}"
+    )
     parser.add_argument("overrides", nargs="*", help="further overrides for both stages, key=value")
     arguments = parser.parse_args()
     configuration.compose_overrides(arguments.overrides)  # a wrong word, before any work
@@ -189,10 +192,10 @@ def main() -> int:
     steps = Steps(out / "steps.json")
 
     steps.run("parts", "data_prep.parts")
-    if arguments.llm == "tiny":
-        steps.run("tiny llm", "data_prep.parts.tiny_llm")
     for name, command in SUBJECTS[arguments.data].prepare.items():
         steps.run(name, *command)
+    if arguments.llm == "tiny":
+        steps.run("tiny llm", "data_prep.parts.tiny_llm", "--data", arguments.data)
     results: dict[str, Any] = {}
     for connector in arguments.connectors:
         results[connector] = _connector(connector, arguments, steps, out)
@@ -231,23 +234,35 @@ def _product_seconds(dtype: torch.dtype, tokens: int = 1024, width: int = 576, i
     return time.process_time() - start
 
 
+def overrides(data: str, llm: str, connector: str, stage: str) -> list[str]:
+    """What a demo adds to `python -m train` for one stage, wherever it runs.
+
+    A subject's recipe is for SmolLM2; the test LLM keeps its own, with the subject's data.
+    """
+    subject = SUBJECTS[data]
+    words = [f"stage={stage}", f"connector={connector}", f"llm={llm}", *subject.overrides]
+    if llm == "tiny":
+        own = [] if subject.recipe is None else [f"data.name={data}", f"llm.path=${{cache_dir}}/llm/tiny-llama-{data}"]
+        return words + own
+    if subject.recipe is not None:
+        words.append(f"recipe={subject.recipe}/{stage}")
+    if stage == "finetune":  # the LLM's gradients are most of what crosses the ranks
+        words.append("engine.reduce_dtype=bf16")
+    return words
+
+
 def _connector(connector: str, arguments: argparse.Namespace, steps: Steps, out: Path) -> dict[str, Any]:
     """Both stages and the evaluations of one connector."""
     subject = SUBJECTS[arguments.data]
     asked = subject.questions if arguments.questions is None else arguments.questions
-    common = [f"connector={connector}", f"llm={arguments.llm}", *subject.overrides]
-    if arguments.llm != "tiny":  # too small to gain from it
-        common.append(f"engine.precision={precision(out)}")
     runs = {stage: out / connector / stage for stage in ("pretrain", "finetune")}
     for stage, run in runs.items():
-        init = [] if stage == "pretrain" else [f"init_from={runs['pretrain']}"]
-        if subject.recipe:
-            init.append(f"recipe={subject.recipe}/{stage}")
-        if stage == "finetune" and arguments.llm != "tiny":  # the LLM's gradients are most of what crosses the ranks
-            init.append("engine.reduce_dtype=bf16")
-        steps.run(
-            f"{stage} {connector}", "train", f"stage={stage}", f"run_dir={run}", *init, *common, *arguments.overrides
-        )
+        words = overrides(arguments.data, arguments.llm, connector, stage)
+        if stage == "finetune":
+            words.append(f"init_from={runs['pretrain']}")
+        if arguments.llm != "tiny":  # too small to gain from it
+            words.append(f"engine.precision={precision(out)}")
+        steps.run(f"{stage} {connector}", "train", f"run_dir={run}", *words, *arguments.overrides)
     evaluation: dict[str, dict[str, Any]] = {split: {} for split in subject.splits}
     for split in subject.splits:
         # Half as many questions tell whether the control falls to the floor.

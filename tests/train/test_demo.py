@@ -9,6 +9,7 @@ import pytest
 
 from common.files import read_json, write_json
 from tests.train.world import ROOT
+from train import config as configuration
 from train import demo
 from train.measure.tracking import read_metrics
 
@@ -64,3 +65,21 @@ def test_precision_is_what_was_measured_faster_and_stays(tmp_path, capsys):
     write_json(tmp_path / "precision.json", measured | {"chosen": other})
     assert demo.precision(tmp_path) == other
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("connector", ["vlora", "mlp"])
+@pytest.mark.parametrize("data", list(demo.SUBJECTS))
+def test_every_demo_trains_an_llm_by_a_recipe_for_it_on_the_data_it_names(data, connector, stage):
+    found = {}
+    for llm, layers in (("smollm2_135m", 30), ("tiny", 4)):
+        words = demo.overrides(data, llm, connector, stage)
+        words += ["init_from=earlier"] if stage == "finetune" else []
+        config = configuration.resolve(configuration.compose_overrides(words))
+        splits = [source.path for source in config.data.train]
+        assert all(path.startswith(f"{data}/") for path in [*splits, config.data.val, config.data.test]), (llm, splits)
+        assert llm != "tiny" or not config.stage.freeze, "patterns for the layers of another LLM"
+        assert all(layer < layers for layer in config.generator.layers or [])
+        found[llm] = config
+    assert found["tiny"].stage.steps != found["smollm2_135m"].stage.steps
+    assert found["tiny"].llm.path.endswith("tiny-llama" + ("" if data == "easy_vqa" else f"-{data}"))
