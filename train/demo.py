@@ -77,9 +77,10 @@ SUBJECTS = {
 
 
 class _PeakMemory(threading.Thread):
-    """Samples the memory of a process and all its descendants once a second.
+    """Samples the memory of a process and all its descendants, once a second or in a hundredth of the time.
 
-    Proportional set size: pages that ranks share are counted once in all.
+    Proportional set size: pages that ranks share are counted once in all. The kernel walks all pages for it and lets
+    the process map none meanwhile: once a second made the steps of two ranks of 3 GB a third longer.
     """
 
     def __init__(self, pid: int) -> None:
@@ -88,13 +89,16 @@ class _PeakMemory(threading.Thread):
         self._pid, self._done = pid, threading.Event()
 
     def run(self) -> None:
-        while not self._done.wait(1.0):
+        pause = 1.0
+        while not self._done.wait(pause):
+            began = time.perf_counter()
             try:
                 root = psutil.Process(self._pid)
                 processes = [root, *root.children(recursive=True)]
             except psutil.NoSuchProcess:
                 return
             self.peak = max(self.peak, sum(_memory(p) for p in processes))
+            pause = max(1.0, 100 * (time.perf_counter() - began))
 
     def stop(self) -> int:
         """Bytes at the peak."""
