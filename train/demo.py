@@ -164,7 +164,12 @@ class Steps:
         print(f"== {name}: {cost['seconds']:.0f} s, {cost['core_seconds']:.0f} core-s", flush=True)
 
 
+_THREADS = torch.get_num_threads()
+"""Of a command that is started by itself."""
+
+
 def _run_module(module: str, *arguments: str) -> None:
+    torch.set_num_threads(_THREADS)  # not the one thread that `precision` left
     spec = importlib.util.find_spec(module)
     is_package = spec is not None and spec.submodule_search_locations is not None
     sys.argv = [module, *arguments]
