@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from fnmatch import fnmatch
 
 import pytest
 
 from common.files import read_json, write_json
+from data_prep.store.manifest import MANIFEST
 from tests.train.world import ROOT
 from train import config as configuration
 from train import demo
@@ -70,16 +72,22 @@ def test_precision_is_what_was_measured_faster_and_stays(tmp_path, capsys):
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 @pytest.mark.parametrize("connector", ["vlora", "mlp"])
 @pytest.mark.parametrize("data", list(demo.SUBJECTS))
-def test_every_demo_trains_an_llm_by_a_recipe_for_it_on_the_data_it_names(data, connector, stage):
+def test_every_demo_trains_an_llm_by_a_recipe_for_it_on_the_data_it_names(data, connector, stage, tmp_path):
+    for split in ("train", "val", "test", "caption_train", "caption_val"):  # `data.name` looks for no more
+        (tmp_path / data / split).mkdir(parents=True)
+        (tmp_path / data / split / MANIFEST).touch()
     found = {}
     for llm, layers in (("smollm2_135m", 30), ("tiny", 4)):
         words = demo.overrides(data, llm, connector, stage)
-        words += ["init_from=earlier"] if stage == "finetune" else []
+        words += [f"data.root={tmp_path}", *(["init_from=earlier"] if stage == "finetune" else [])]
         config = configuration.resolve(configuration.compose_overrides(words))
         splits = [source.path for source in config.data.train]
         assert all(path.startswith(f"{data}/") for path in [*splits, config.data.val, config.data.test]), (llm, splits)
         assert llm != "tiny" or not config.stage.freeze, "patterns for the layers of another LLM"
-        assert all(layer < layers for layer in config.generator.layers or [])
+        lowest = min(config.generator.layers or [config.generator.every - 1])
+        assert lowest < layers
+        frozen = [n for n in range(layers) if any(fnmatch(f"llm.model.layers.{n}.x", p) for p in config.stage.freeze)]
+        assert frozen == list(range(lowest if llm != "tiny" and stage == "finetune" else 0))
         found[llm] = config
     assert found["tiny"].stage.steps != found["smollm2_135m"].stage.steps
     assert found["tiny"].llm.path.endswith("tiny-llama" + ("" if data == "easy_vqa" else f"-{data}"))
