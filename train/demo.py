@@ -82,8 +82,8 @@ SUBJECTS = {
 class _PeakMemory(threading.Thread):
     """Samples the memory of a process and all its descendants, once a second or in a hundredth of the time.
 
-    Proportional set size: pages that ranks share are counted once in all. The kernel walks all pages for it and lets
-    the process map none meanwhile: once a second made the steps of two ranks of 3 GB a third longer.
+    Proportional set size: pages that ranks share are counted once in all. The kernel walks all pages for it: once a
+    second this took 7 % of a core beside two ranks of 3 GB.
     """
 
     def __init__(self, pid: int) -> None:
@@ -167,12 +167,7 @@ class Steps:
         print(f"== {name}: {cost['seconds']:.0f} s, {cost['core_seconds']:.0f} core-s", flush=True)
 
 
-_THREADS = torch.get_num_threads()
-"""Of a command that is started by itself."""
-
-
 def _run_module(module: str, *arguments: str) -> None:
-    torch.set_num_threads(_THREADS)  # not the one thread that `precision` left
     spec = importlib.util.find_spec(module)
     is_package = spec is not None and spec.submodule_search_locations is not None
     sys.argv = [module, *arguments]
@@ -224,8 +219,10 @@ def precision(out: Path) -> str:
         return "bf16"
     file = out / "precision.json"
     if not file.exists():
+        threads = torch.get_num_threads()
         torch.set_num_threads(1)  # a process with OpenMP threads could not be forked into workers
         seconds = {name: min(_product_seconds(dtype) for _ in range(3)) for name, dtype in DTYPES.items()}
+        torch.set_num_threads(threads)  # commands that are forked from here begin with it
         # What is not a product costs the same or more in bf16, so it has to win clearly.
         chosen = "bf16" if seconds["bf16"] < 0.8 * seconds["fp32"] else "fp32"
         write_json(file, {"chosen": chosen, "product_seconds": seconds})
