@@ -7,7 +7,7 @@ from typing import Any
 
 from train.engine.records import warn
 
-WINDOW = 10
+_WINDOW = 10
 """Steps that a mean is over."""
 
 
@@ -23,21 +23,21 @@ class RisingLoss:
 
     def __init__(self, limit: float) -> None:
         self.limit = limit
-        self._last: deque[float] = deque(maxlen=WINDOW)
+        self._last: deque[float] = deque(maxlen=_WINDOW)
         self._lowest, self._lowest_step, self._warned = float("inf"), 0, False
 
     def __call__(self, step: int, record: dict[str, Any]) -> None:
         """Look at the record of a step."""
         self._last.append(record["loss"])
-        if len(self._last) < WINDOW:
+        if len(self._last) < _WINDOW:
             return
-        mean = sum(self._last) / WINDOW
+        mean = sum(self._last) / _WINDOW
         if mean < self._lowest:
             self._lowest, self._lowest_step = mean, step
         rising = not mean <= self._lowest + self.limit  # a loss that is no number has risen too
         if rising and not self._warned:
             warn(
-                f"step {step}: the loss of the last {WINDOW} steps is {mean:.2f}, and was {self._lowest:.2f} at step "
+                f"step {step}: the loss of the last {_WINDOW} steps is {mean:.2f}, and was {self._lowest:.2f} at step "
                 f"{self._lowest_step} (tracking.max_loss_rise={self.limit:g}); the run may be coming apart. Lower "
                 "optim.lr (output_factors first), or warm up longer"
             )
