@@ -119,7 +119,7 @@ def overrides(
         f"data.root={folder / 'data'}", f"data.train=[{{path: made_up/{split}, weight: 1.0}}]", "data.val=null",
         "data.test=null", f"data.batch_size={RANKS * batch}", f"engine.micro_batch_size={batch}",
         "data.dialogues_per_sample=null", "data.template=bare", "data.group_by=none",
-        f"stage.steps={options.steps + WARM_UP}", "stage.epochs=null", "stage.freeze=[]",
+        f"stage.steps={options.steps + WARM_UP}", "stage.epochs=null", "stage.freeze_lower=false",
         "llm.pack_tokens=null", "engine.gradient_checkpointing=false", "engine.zero_stage=3", f"launch.workers={RANKS}",
         "tracking.wandb=disabled", "tracking.log_every=1", "tracking.weights_every=100000", "checkpoint.every=null",
     ]  # fmt: skip

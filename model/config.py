@@ -145,7 +145,7 @@ class LoRAConfig:
         alpha: Adapters are scaled by alpha / rank; null: alpha = rank.
         dropout: Of an adapter's input, in training.
         types: Which projections are adapted, as in `generator.types` but without `m`; null: every linear layer of the
-            decoder layers. Those that `stage.freeze` names are not.
+            decoder layers. Those that `stage.freeze` and `stage.freeze_lower` keep are not.
     """
 
     rank: int = setting(16, within="[1, 65536]")

@@ -33,7 +33,9 @@ def add_adapters(llm: nn.Module, config: LoRAConfig) -> None:
 
     chosen = [(name, linear) for name, linear in _projections(llm, config) if linear.weight.requires_grad]
     if not chosen:
-        raise ValueError("stage.train.llm=lora: stage.freeze names every projection that stage.lora.types adapts")
+        raise ValueError(
+            "stage.train.llm=lora: nothing to adapt, stage.freeze or freeze_lower keeps all that stage.lora.types names"
+        )
     for name, linear in chosen:
         if config.rank > min(linear.in_features, linear.out_features):
             raise ValueError(

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from fnmatch import fnmatch
 
 import pytest
 
@@ -83,11 +82,9 @@ def test_every_demo_trains_an_llm_by_a_recipe_for_it_on_the_data_it_names(data, 
         config = configuration.resolve(configuration.compose_overrides(words))
         splits = [source.path for source in config.data.train]
         assert all(path.startswith(f"{data}/") for path in [*splits, config.data.val, config.data.test]), (llm, splits)
-        assert llm != "tiny" or not config.stage.freeze, "patterns for the layers of another LLM"
-        lowest = min(config.generator.layers or [config.generator.every - 1])
-        assert lowest < layers
-        frozen = [n for n in range(layers) if any(fnmatch(f"llm.model.layers.{n}.x", p) for p in config.stage.freeze)]
-        assert frozen == list(range(lowest if llm != "tiny" and stage == "finetune" else 0))
+        assert not config.stage.freeze, "patterns for the layers of one LLM and the deltas of one preset"
+        assert config.stage.freeze_lower == (llm != "tiny" and stage == "finetune")
+        assert max(config.generator.layers or [config.generator.every - 1]) < layers
         found[llm] = config
     assert found["tiny"].stage.steps != found["smollm2_135m"].stage.steps
     assert found["tiny"].llm.path.endswith("tiny-llama" + ("" if data == "easy_vqa" else f"-{data}"))

@@ -58,6 +58,8 @@ class StageConfig:
         epochs: Passes over the data, may be a fraction.
         train: Which parts are trained.
         freeze: Glob patterns of parameter names kept frozen all the same, e.g. `llm.model.embed_tokens.*`.
+        freeze_lower: Keep the LLM's embeddings and decoder layers below the first that the image reaches frozen. With
+            `connector=vlora` that is the first with a delta; with visual tokens in the input it is layer 0.
         lora: The adapters of `train.llm=lora`.
     """
 
@@ -66,6 +68,7 @@ class StageConfig:
     epochs: float | None = setting(1.0, within="(0, 1e6]")
     train: TrainedParts = field(default_factory=TrainedParts)
     freeze: list[str] = field(default_factory=list)
+    freeze_lower: bool = False
     lora: LoRAConfig = field(default_factory=LoRAConfig)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from model.decoder.injection import SharedInput
 from model.decoder.lora import add_adapters
+from model.generator.placement import decoder_layers
 from model.vlm import VisionLanguageModel
 from train.config import OptimConfig, RunConfig, StageConfig
 from train.process import watchdog
@@ -83,6 +84,9 @@ def freeze(model: VisionLanguageModel, stage: StageConfig) -> None:
             raise UserError(f"stage.freeze: {pattern!r} matches no parameter; names look like {names[-1]!r}")
         for name in matched:
             model.get_parameter(name).requires_grad_(False)
+    if stage.freeze_lower:
+        for module in (model.llm.get_input_embeddings(), *decoder_layers(model.llm)[: model.connector.first_layer]):
+            module.requires_grad_(False)
     if stage.train.llm == "lora":
         add_adapters(model.llm, stage.lora)
 

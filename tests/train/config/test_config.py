@@ -207,7 +207,7 @@ def test_missing_inputs_are_named_before_anything_starts(tmp_path, monkeypatch):
         require(resolve(compose_overrides([root, "data.train=a", "data.val=cut"])))
     mine = [root, "data.train=a", "data.val=null", "data.test=null"]
     assert require(resolve(compose_overrides(mine))) == []
-    tuned = [*mine, "stage=finetune", "stage.freeze=[]", f"init_from={tmp_path}/run"]
+    tuned = [*mine, "stage=finetune", f"init_from={tmp_path}/run"]
     with pytest.raises(ConfigError, match=r"init_from=.*has no finished export"):
         require(resolve(compose_overrides(tuned)))
     # Planned for another machine, or prepared for a job that comes after the data: said, not refused.
