@@ -52,14 +52,21 @@ def check_words(composed: DictConfig, words: Sequence[str]) -> None:
         words: Overrides, `key=value`.
 
     Raises:
-        ConfigError: a split is given beside `data.name`, which decides all of them.
+        ConfigError: a split is given beside `data.name`, which decides all of them; `generator.every` is given beside a
+            preset's `generator.layers`, which decide.
     """
     name = OmegaConf.select(composed, "data.name")
-    splits = [word.partition("=")[0].lstrip("+") for word in words]
-    if name and (given := [key for key in splits if key in ("data.train", "data.val", "data.test")]):
+    keys = [word.partition("=")[0].lstrip("+") for word in words]
+    if name and (given := [key for key in keys if key in ("data.train", "data.val", "data.test")]):
         raise ConfigError(
             f"{given[0]} is given, and data.name={name}, which decides train, val and test; "
             "give data.name=null with the splits, or data.name alone"
+        )
+    every, layers = (OmegaConf.select(composed, f"generator.{key}") for key in ("every", "layers"))
+    if "generator.every" in keys and every is not None and layers is not None:
+        raise ConfigError(
+            f"generator.every={every} is given, and generator.layers={list(layers)}, which decide where deltas go; "
+            "add generator.layers=null"
         )
 
 

@@ -216,3 +216,18 @@ def test_missing_inputs_are_named_before_anything_starts(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="no prepared split"):
         require(resolve(compose_overrides([root, "data.expected_length=64"])))
     assert len(require(resolve(compose_overrides([root, "launch=slurm"])))) == 3
+
+
+def test_layers_of_a_preset_are_not_passed_over_in_silence():
+    """A preset that lists layers decides: `every` alone would change nothing."""
+    with pytest.raises(
+        ConfigError, match=r"generator\.every=2 is given, and generator\.layers=\[15, .*add generator\.layers=null"
+    ):
+        compose_overrides(["generator=smollm2_135m_upper", "generator.every=2"])
+    every = resolve(
+        compose_overrides(["generator=smollm2_135m_upper", "generator.every=2", "generator.layers=null"])
+    ).generator
+    assert (every.every, every.layers) == (2, None)
+    assert resolve(compose_overrides(["llm=tiny", "generator.every=2"])).generator.layers is None
+    listed = resolve(compose_overrides(["llm=tiny", "generator.layers=[1,3]"])).generator
+    assert listed.layers == [1, 3]
