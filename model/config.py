@@ -106,7 +106,8 @@ class GeneratorConfig:
         alpha: Deltas are scaled by alpha / rank; null: alpha = rank.
         types: Which projections get a delta (paper Table 3); a string of one-letter types or a list.
         every: Place deltas in every n-th layer: layers n-1, 2n-1, ... (0-based).
-        layers: The placed layers by 0-based index, in place of `every`; null: every n-th.
+        above: Of these only the ones above this share of the LLM's depth: 0.5 leaves the lower half as it is.
+        layers: The placed layers by 0-based index, in place of `every` and `above`; null: every n-th.
         shared: One stack of blocks for all types in place of one per type.
         image_norm: Standardise the queries' outputs over images, so that A cannot become the same for every image.
         init: `paper` (exactly as released) or `stable` (small queries, normalised keys, head scaled to its input).
@@ -120,6 +121,7 @@ class GeneratorConfig:
     alpha: float | None = setting(None, within="(0, 1e6]")
     types: Any = "qkvom"
     every: int | None = setting(4, within="[1, 1000]")
+    above: float = setting(0.0, within="[0, 1)")
     layers: list[int] | None = setting(None, within="[0, 9999]")
     shared: bool = False
     image_norm: bool = False

@@ -84,6 +84,7 @@ def official_config(
         "generator.init is not paper (their keys are not normalised)": generator.init != "paper",
         "generator.image_norm is on": generator.image_norm,
         "generator.layers is given (they place every n-th)": generator.layers is not None or not generator.every,
+        "generator.above leaves layers out": generator.above > 0,
         "the layers do not divide by generator.every": bool(generator.every and layers % generator.every),
         f"generator.types {','.join(types)} are not among q,k,v,o,m": not set(types) <= set("qkvom"),
         f"generator.num_heads is not {HEADS}": generator.num_heads != HEADS,

@@ -42,8 +42,8 @@ class Subject:
         title: Of its report.
         prepare: Commands that make its data, by name.
         recipe: Folder of `conf/recipe` with SmolLM2's steps and rates for it; None: the LLM's own, which are for it.
-        generator: Preset for SmolLM2; None: the LLM's own.
         overrides: Further ones of both stages, which no recipe can hold.
+        sizes: Sizes of the generator for SmolLM2 that differ from its preset.
         splits: Where it is tested; the first counts.
         questions: In each of them, unless `--questions` says how many.
     """
@@ -51,8 +51,8 @@ class Subject:
     title: str
     prepare: dict[str, tuple[str, ...]]
     recipe: str | None = None
-    generator: str | None = None
     overrides: tuple[str, ...] = ()
+    sizes: tuple[str, ...] = ()
     splits: tuple[str, ...] = ("test",)
     questions: int = 2000
 
@@ -71,8 +71,8 @@ SUBJECTS = {
             ),
         },
         "scenes",
-        "smollm2_135m_upper",
         ("vision.image_size=112",),  # at 56 an object has one or two patches
+        ("generator.above=0.5",),  # what is below the first delta is not run backwards: a third of a step
         ("test", "scenes/test_objects", "scenes/test_style", "scenes/test_moved"),
         600,
     ),
@@ -255,8 +255,7 @@ def overrides(data: str, llm: str, connector: str, stage: str) -> list[str]:
         return words + own
     if subject.recipe is not None:
         words.append(f"recipe={subject.recipe}/{stage}")
-    if subject.generator is not None:
-        words.append(f"generator={subject.generator}")
+    words += subject.sizes
     if stage == "finetune":  # the LLM's gradients are most of what crosses the ranks
         words.append("engine.reduce_dtype=bf16")
     return words

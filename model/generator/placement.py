@@ -78,10 +78,10 @@ def placed_layers(config: GeneratorConfig, num_layers: int) -> tuple[int, ...]:
     """The 0-based layers that get deltas.
 
     `every: n` places layers n-1, 2n-1, ... as the released code does ((l + 1) % n == 0); where n does not divide the
-    depth, the layers above the last of them get none.
+    depth, the layers above the last of them get none. `above: s` leaves out those of the lowest s * num_layers layers.
 
     Raises:
-        ValueError: neither of `every` and `layers`, a layer out of range, or fewer layers than `every`.
+        ValueError: neither of `every` and `layers`, a layer out of range, or no n-th layer at all or above `above`.
     """
     if config.layers is not None:
         layers = tuple(config.layers)
@@ -96,7 +96,14 @@ def placed_layers(config: GeneratorConfig, num_layers: int) -> tuple[int, ...]:
             f"generator.every={config.every}: give a number from 1 to {num_layers}, the layers of the LLM, or place "
             "them by hand: generator.every=null generator.layers=[..]"
         )
-    return tuple(range(config.every - 1, num_layers, config.every))
+    placed = range(config.every - 1, num_layers, config.every)
+    high = tuple(layer for layer in placed if layer >= config.above * num_layers)
+    if not high:
+        raise ValueError(
+            f"generator.above={config.above}: the highest of every {config.every} layers is {placed[-1]} of "
+            f"{num_layers}; lower it"
+        )
+    return high
 
 
 def place(llm: nn.Module, config: GeneratorConfig) -> Placement:

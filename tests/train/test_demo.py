@@ -9,6 +9,7 @@ import pytest
 
 from common.files import read_json, write_json
 from data_prep.store.manifest import MANIFEST
+from model.generator.placement import placed_layers
 from tests.train.world import ROOT
 from train import config as configuration
 from train import demo
@@ -84,7 +85,7 @@ def test_every_demo_trains_an_llm_by_a_recipe_for_it_on_the_data_it_names(data, 
         assert all(path.startswith(f"{data}/") for path in [*splits, config.data.val, config.data.test]), (llm, splits)
         assert not config.stage.freeze, "patterns for the layers of one LLM and the deltas of one preset"
         assert config.stage.freeze_lower == (llm != "tiny" and stage == "finetune")
-        assert max(config.generator.layers or [config.generator.every - 1]) < layers
+        assert placed_layers(config.generator, layers)
         found[llm] = config
     assert found["tiny"].stage.steps != found["smollm2_135m"].stage.steps
     assert found["tiny"].llm.path.endswith("tiny-llama" + ("" if data == "easy_vqa" else f"-{data}"))

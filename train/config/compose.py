@@ -52,8 +52,8 @@ def check_words(composed: DictConfig, words: Sequence[str]) -> None:
         words: Overrides, `key=value`.
 
     Raises:
-        ConfigError: a split is given beside `data.name`, which decides all of them; `generator.every` is given beside a
-            preset's `generator.layers`, which decide.
+        ConfigError: a split is given beside `data.name`, which decides all of them; `generator.every` or `above` is
+            given beside `generator.layers`, which decide.
     """
     name = OmegaConf.select(composed, "data.name")
     keys = [word.partition("=")[0].lstrip("+") for word in words]
@@ -62,12 +62,13 @@ def check_words(composed: DictConfig, words: Sequence[str]) -> None:
             f"{given[0]} is given, and data.name={name}, which decides train, val and test; "
             "give data.name=null with the splits, or data.name alone"
         )
-    every, layers = (OmegaConf.select(composed, f"generator.{key}") for key in ("every", "layers"))
-    if "generator.every" in keys and every is not None and layers is not None:
-        raise ConfigError(
-            f"generator.every={every} is given, and generator.layers={list(layers)}, which decide where deltas go; "
-            "add generator.layers=null"
-        )
+    layers = OmegaConf.select(composed, "generator.layers")
+    for key in ("generator.every", "generator.above"):
+        if layers is not None and key in keys and (value := OmegaConf.select(composed, key)):
+            raise ConfigError(
+                f"{key}={value} is given, and generator.layers={list(layers)}, which decide where deltas go; "
+                "add generator.layers=null"
+            )
 
 
 def explain(error: Exception) -> ConfigError:

@@ -106,7 +106,8 @@ def training(config: RunConfig, record: dict[str, Any], facts: dict[str, Any]) -
     if config.connector.name == "vlora":
         generator = config.generator
         every = "every layer" if generator.every == 1 else f"every {generator.every} layers"
-        placed = f"layers {generator.layers}" if generator.layers is not None else every
+        high = f" above {generator.above:.0%} of the depth" if generator.above else ""
+        placed = f"layers {generator.layers}" if generator.layers is not None else every + high
         rows.insert(1, ("deltas", f"rank {generator.rank}, types {generator.types}, {placed}"))
     return rows
 

@@ -14,6 +14,24 @@ def test_every_nth_layer_of_a_depth_that_it_does_not_divide():
     assert placed_layers(GeneratorConfig(), 30) == (3, 7, 11, 15, 19, 23, 27)
 
 
+@pytest.mark.parametrize(
+    ("every", "above", "layers"),
+    [
+        (4, 0.5, (15, 19, 23, 27)),
+        (1, 0.9, (27, 28, 29)),
+        (15, 0.5, (29,)),
+        (4, 0.89, (27,)),  # 26.7 layers: the 27th is above
+    ],
+)
+def test_only_layers_above_a_share_of_the_depth(every, above, layers):
+    assert placed_layers(GeneratorConfig(every=every, above=above), 30) == layers
+
+
+def test_a_share_of_the_depth_that_leaves_no_layer_is_refused():
+    with pytest.raises(ValueError, match=r"generator\.above=0\.95: the highest of every 4 layers is 27 of 30"):
+        placed_layers(GeneratorConfig(above=0.95), 30)
+
+
 @pytest.mark.parametrize("every", [None, 0, 31])
 def test_no_layer_to_place_is_refused(every):
     with pytest.raises(ValueError, match=r"generator\.every=.*from 1 to 30"):
@@ -27,7 +45,7 @@ def test_explicit_layers_must_be_ascending_and_in_range(layers):
 
 
 def test_layers_stand_in_place_of_every():
-    assert placed_layers(GeneratorConfig(every=2, layers=[1]), 4) == (1,)
+    assert placed_layers(GeneratorConfig(every=2, above=0.5, layers=[1]), 4) == (1,)
 
 
 def test_widths_come_from_the_llm_itself():

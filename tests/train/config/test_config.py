@@ -1,6 +1,7 @@
 """Every YAML of conf/ composes and validates; errors name key, nearest key and remedy."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -218,16 +219,15 @@ def test_missing_inputs_are_named_before_anything_starts(tmp_path, monkeypatch):
     assert len(require(resolve(compose_overrides([root, "launch=slurm"])))) == 3
 
 
-def test_layers_of_a_preset_are_not_passed_over_in_silence():
-    """A preset that lists layers decides: `every` alone would change nothing."""
-    with pytest.raises(
-        ConfigError, match=r"generator\.every=2 is given, and generator\.layers=\[15, .*add generator\.layers=null"
-    ):
-        compose_overrides(["generator=smollm2_135m_upper", "generator.every=2"])
-    every = resolve(
-        compose_overrides(["generator=smollm2_135m_upper", "generator.every=2", "generator.layers=null"])
+@pytest.mark.parametrize("word", ["generator.every=2", "generator.above=0.25"])
+def test_what_listed_layers_would_pass_over_is_refused(word):
+    """A list decides: `every` and `above` beside it would change nothing."""
+    message = rf"{re.escape(word)} is given, and generator\.layers=\[1, 3\].*add generator\.layers=null"
+    with pytest.raises(ConfigError, match=message):
+        compose_overrides(["generator.layers=[1,3]", word])
+    for own in ([], ["generator.layers=null"], ["llm=tiny"]):
+        assert resolve(compose_overrides([word, *own])).generator.layers is None
+    listed = resolve(
+        compose_overrides(["generator.layers=[1,3]", "generator.every=null", "generator.above=0"])
     ).generator
-    assert (every.every, every.layers) == (2, None)
-    assert resolve(compose_overrides(["llm=tiny", "generator.every=2"])).generator.layers is None
-    listed = resolve(compose_overrides(["llm=tiny", "generator.layers=[1,3]"])).generator
     assert listed.layers == [1, 3]
