@@ -225,8 +225,11 @@ def test_what_listed_layers_would_pass_over_is_refused(word):
     message = rf"{re.escape(word)} is given, and generator\.layers=\[1, 3\].*add generator\.layers=null"
     with pytest.raises(ConfigError, match=message):
         compose_overrides(["generator.layers=[1,3]", word])
+    key, value = word.removeprefix("generator.").split("=")
     for own in ([], ["generator.layers=null"], ["llm=tiny"]):
-        assert resolve(compose_overrides([word, *own])).generator.layers is None
+        sizes = resolve(compose_overrides([word, *own])).generator
+        assert (getattr(sizes, key), sizes.layers) == (float(value), None)
+    assert resolve(compose_overrides(["llm=tiny", "generator.layers=[1,3]"])).generator.layers == [1, 3]
     listed = resolve(
         compose_overrides(["generator.layers=[1,3]", "generator.every=null", "generator.above=0"])
     ).generator

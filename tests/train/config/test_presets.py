@@ -109,6 +109,11 @@ def test_the_built_in_encoders_image_size_stays_with_it() -> None:
     assert resolve(tree("vision.path=/models/other", "vision.image_size=112")).vision.image_size == 112
 
 
+def test_an_llm_at_another_path_takes_no_list_of_layers_along() -> None:
+    generator = resolve(tree("llm.path=/models/other")).generator
+    assert generator.layers is None and generator.every == 4
+
+
 def test_no_preset_lists_layers() -> None:
     """An LLM of another depth takes a preset along."""
     for file in sorted((CONF / "generator").glob("*.yaml")):
